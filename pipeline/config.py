@@ -1,0 +1,153 @@
+"""The settings of a run. This file is their reference manual.
+
+Every setting has one spelling, its dotted path (`objective.spectral_coefficient`): in YAML,
+in KEY=VALUE overrides, in search spaces, in MLflow. A setting that is marked resumable may
+change when a run continues; every other is part of the run's identity, and another value
+means another run. Amounts of training are counted in images, never in steps or epochs, so
+that the batch size and the number of workers may change.
+"""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from nvae.config import NVAEConfig
+
+RESUMABLE: dict[str, Any] = {"resumable": True}
+
+
+class Section(BaseModel):
+    """A group of settings: unknown keys are refused, values are checked and never change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class DataConfig(Section):
+    root: str = Field(json_schema_extra=RESUMABLE)
+    """Where the shards are: a URL or path that holds an index.json, or `store:NAME` for the
+    folder data/NAME of the store. May move between sessions; its content may not change."""
+    shuffle_window: int = Field(1024, ge=1)
+    """Samples of one lane that are shuffled together; bounds the loader's memory."""
+    lanes: int | None = Field(None, ge=1)
+    """Contiguous pieces into which an epoch is cut and which are read side by side. By default
+    the batch size, or its largest divisor up to 64."""
+    horizontal_flip: bool = False
+    """Mirror each training image with probability one half."""
+    decode_threads: int = Field(2, ge=1, json_schema_extra=RESUMABLE)
+    """Threads of each worker that decode images."""
+    prefetch_batches: int = Field(4, ge=1, json_schema_extra=RESUMABLE)
+    """Batches that each worker holds ready."""
+
+
+class ObjectiveConfig(Section):
+    kl_warmup_fraction: float = Field(0.3, ge=0, le=1)
+    """Share of the training during which the KL coefficient rises from its minimum to 1."""
+    kl_constant_fraction: float = Field(1e-4, ge=0, le=1)
+    """Share of the training before the KL coefficient begins to rise."""
+    kl_minimum_coefficient: float = Field(1e-4, ge=0, le=1)
+    """Lowest KL coefficient."""
+    kl_balancing: bool = True
+    """Weigh the KL of the groups during the warm-up so that none is switched off (NVAE Sec. 3.2)."""
+    spectral_coefficient: float = Field(1e-2, ge=0)
+    """Weight lambda of spectral regularization and of the batch-norm scale penalty (NVAE
+    Sec. 3.2). 0 turns both off."""
+    spectral_coefficient_initial: float | None = Field(None, gt=0)
+    """If given, lambda falls from this value to `spectral_coefficient` while the KL warms up,
+    linearly in its logarithm."""
+
+
+class OptimizerConfig(Section):
+    learning_rate: float = Field(1e-2, gt=0)
+    """Highest learning rate of Adamax, reached after the warm-up."""
+    minimum_learning_rate: float = Field(1e-4, ge=0)
+    """Learning rate at the last image, the end of the cosine."""
+    warmup_images: int = Field(0, ge=0)
+    """Images over which the learning rate rises linearly from 0."""
+    weight_decay: float = Field(3e-4, ge=0)
+    """L2 penalty of all parameters, added to the gradient."""
+    gradient_clip_norm: float | None = Field(None, gt=0)
+    """Largest L2 norm of the whole gradient; longer ones are scaled down. None: no clipping."""
+    ema_decay: float = Field(0.9995, ge=0, lt=1)
+    """Decay of the averaged weights that are evaluated, sampled and registered, reached
+    after a ramp. 0: no averaging."""
+
+
+class TrainConfig(Section):
+    total_images: int = Field(ge=1, json_schema_extra=RESUMABLE)
+    """Images to train on, counted with repetition."""
+    batch_size: int = Field(ge=1, json_schema_extra=RESUMABLE)
+    """Images per update over all workers together."""
+    micro_batch_size: int | None = Field(None, ge=1, json_schema_extra=RESUMABLE)
+    """Images that one worker holds in memory at once; gradients are accumulated over
+    micro-batches, batch statistics are taken within one (over all workers). None: no
+    accumulation."""
+    precision: Literal["fp32", "bf16"] = Field("fp32", json_schema_extra=RESUMABLE)
+    """bf16: convolutions in bfloat16; statistics, likelihoods and penalties stay in fp32."""
+    activation_checkpointing: Literal["none", "batch_norm", "cells"] = Field(
+        "batch_norm", json_schema_extra=RESUMABLE
+    )
+    """What the backward pass recomputes to save memory: nothing, batch norm + swish (as in
+    the paper), or whole cells."""
+    seed: int = Field(1, ge=0)
+    """Seed of the initial weights, the order of samples and all noise."""
+
+
+class CadenceConfig(Section):
+    log_images: int = Field(ge=1, json_schema_extra=RESUMABLE)
+    """Images between two points of the training curves."""
+    evaluate_images: int = Field(ge=1, json_schema_extra=RESUMABLE)
+    """Images between two evaluations on the validation split, with pictures."""
+    checkpoint_images: int = Field(ge=1, json_schema_extra=RESUMABLE)
+    """Images between two checkpoints."""
+
+
+class CheckpointConfig(Section):
+    keep: int = Field(3, ge=1, json_schema_extra=RESUMABLE)
+    """Newest checkpoints to keep; the best one is kept besides."""
+
+
+class EvaluationConfig(Section):
+    images: int | None = Field(None, ge=1, json_schema_extra=RESUMABLE)
+    """Validation images of each evaluation during training. None: all."""
+    batch_size: int = Field(16, ge=1, json_schema_extra=RESUMABLE)
+    """Images per worker evaluated at once."""
+    importance_samples: int = Field(1, ge=1, json_schema_extra=RESUMABLE)
+    """Draws per image of the importance-weighted likelihood in the last evaluation."""
+
+
+class SamplingConfig(Section):
+    count: int = Field(16, ge=1, json_schema_extra=RESUMABLE)
+    """Images of the sample grids made during training."""
+    temperature: float = Field(0.7, gt=0, json_schema_extra=RESUMABLE)
+    """Factor of the priors' standard deviations when these grids are drawn."""
+
+
+class RegistryConfig(Section):
+    name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", json_schema_extra=RESUMABLE)
+    """Registered model that receives the trained weights as a new version. By default
+    `nvae-` and the run's name."""
+
+
+class RunConfig(Section):
+    """One training run."""
+
+    data: DataConfig
+    """What is learned from, and in which order."""
+    model: NVAEConfig = NVAEConfig()
+    """The model; see nvae/config.py."""
+    objective: ObjectiveConfig = ObjectiveConfig()
+    """What is minimized."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """How it is minimized."""
+    train: TrainConfig
+    """How much, and on what arithmetic."""
+    cadence: CadenceConfig
+    """How often something is written."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """What is kept."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """How the validation split is evaluated."""
+    sampling: SamplingConfig = SamplingConfig()
+    """The pictures made during training."""
+    registry: RegistryConfig = RegistryConfig()
+    """Where the result is registered."""
