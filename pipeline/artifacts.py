@@ -1,0 +1,202 @@
+"""A directory of hashed files with its manifest written last: what a checkpoint and an
+exported model both are.
+
+A directory counts only once its manifest.json is there, and the manifest names every file
+with its length and SHA-256. So a writer that dies half way leaves nothing that looks whole,
+and a reader never uses a byte that the manifest does not vouch for. Tensors are safetensors:
+no pickle can be reached from here. Rejected: a checksum beside each file (a mixed directory
+of two writers would pass), and memory-mapping the checked file (it may change in between).
+"""
+
+import hashlib
+import json
+import re
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from pipeline import storage
+from pipeline.errors import InputError
+
+MANIFEST = "manifest.json"
+# A manifest is a configuration, some metrics and a few hashes; a safetensors header has about
+# 150 bytes per tensor and NVAE's largest published model 5,000 tensors. Whatever is far above
+# that is a mistake or an attack on our memory.
+MANIFEST_BYTES = 4 << 20
+HEADER_BYTES = 16 << 20
+
+_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+class ArtifactError(InputError):
+    """A directory of hashed files that cannot be trusted or is not there."""
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """What the manifest promises about one file."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The manifest of one directory, checked for form but not yet against the files."""
+
+    url: str
+    """The directory."""
+    sha256: str
+    """Hash of manifest.json itself; who knows it can trust every file."""
+    files: Mapping[str, FileEntry]
+    fields: Mapping[str, Any]
+    """Everything else that was recorded."""
+
+
+def write_directory(
+    url: str, files: Iterable[tuple[str, bytes]], *, format: str, version: int, fields: Mapping[str, Any]
+) -> Manifest:
+    """Writes the files one by one, then the manifest, which makes the directory count.
+
+    `files` may be a generator, so that one serialized file at a time is in memory. `fields`
+    must be JSON without NaN. Raises StoreError if the store refuses.
+    """
+    entries = {}
+    for name, data in files:
+        if not _FILE_NAME.fullmatch(name) or name == MANIFEST:
+            raise ValueError(f"{name!r} cannot be the name of a file in {url}")
+        storage.write_bytes(storage.join(url, name), data)
+        entries[name] = FileEntry(len(data), hashlib.sha256(data).hexdigest())
+    record = {
+        "format": format,
+        "format_version": version,
+        **fields,
+        "files": {name: {"bytes": entry.bytes, "sha256": entry.sha256} for name, entry in entries.items()},
+    }
+    text = json.dumps(record, indent=2, allow_nan=False).encode()
+    storage.write_bytes(storage.join(url, MANIFEST), text)
+    return parse_manifest(url, text, format=format, version=version)
+
+
+def read_manifest(url: str, *, format: str, version: int) -> Manifest:
+    """Reads the manifest of the directory `url`, of this format and at most this version.
+
+    Raises ArtifactError if there is none or it is malformed, StoreError if the store refuses.
+    """
+    location = storage.join(url, MANIFEST)
+    if not storage.exists(location):
+        raise ArtifactError(
+            f"{url}: there is no {MANIFEST}. It is no {format}, or its writer died before the end, "
+            "or it was deleted; check the address."
+        )
+    if storage.size(location) > MANIFEST_BYTES:
+        raise ArtifactError(
+            f"{location}: larger than {MANIFEST_BYTES >> 20} MiB; this was not written by us."
+        )
+    return parse_manifest(url, storage.read_bytes(location), format=format, version=version)
+
+
+def parse_manifest(url: str, text: bytes, *, format: str, version: int) -> Manifest:
+    """The manifest `text` of the directory `url`; raises ArtifactError if it is malformed."""
+    location = storage.join(url, MANIFEST)
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"{location}: not valid JSON ({error}); it was cut short or replaced.") from error
+    if not isinstance(record, dict) or record.get("format") != format:
+        found = record.get("format") if isinstance(record, dict) else type(record).__name__
+        raise ArtifactError(f"{location}: the format is {found!r}, not {format!r}; check the address.")
+    found_version = record.get("format_version")
+    if type(found_version) is not int or not 1 <= found_version <= version:
+        raise ArtifactError(
+            f"{location}: format version {found_version!r} is unknown here (up to {version}); "
+            "it was written by a newer nvae-cluster, install that one."
+        )
+    return Manifest(
+        url=url,
+        sha256=hashlib.sha256(text).hexdigest(),
+        files=_entries(location, record.get("files")),
+        fields={key: value for key, value in record.items() if key != "files"},
+    )
+
+
+def _entries(location: str, files: Any) -> dict[str, FileEntry]:
+    if not isinstance(files, dict):
+        raise ArtifactError(f"{location}: `files` is missing; the manifest was not written by us.")
+    entries = {}
+    for name, entry in files.items():
+        well_formed = (
+            _FILE_NAME.fullmatch(name)
+            and isinstance(entry, dict)
+            and type(entry.get("bytes")) is int
+            and entry["bytes"] >= 0
+            and isinstance(entry.get("sha256"), str)
+            and _SHA256.fullmatch(entry["sha256"])
+        )
+        if not well_formed:
+            raise ArtifactError(
+                f"{location}: the entry {name!r} of `files` is malformed; names are plain file names, "
+                "with `bytes` and `sha256`. The manifest was not written by us."
+            )
+        entries[name] = FileEntry(entry["bytes"], entry["sha256"])
+    return entries
+
+
+def read_verified(manifest: Manifest, name: str) -> bytes:
+    """The content of one file, which is exactly what the manifest vouches for.
+
+    Raises ArtifactError if it is not listed, missing, or different from what was written.
+    """
+    location = storage.join(manifest.url, name)
+    entry = manifest.files.get(name)
+    if entry is None:
+        raise ArtifactError(
+            f"{manifest.url}: has no file {name}; it has {', '.join(sorted(manifest.files))}."
+        )
+    if not storage.exists(location):
+        raise ArtifactError(f"{location}: the file is gone; restore it or use another version.")
+    size = storage.size(location)
+    if size != entry.bytes:
+        raise ArtifactError(
+            f"{location}: has {size} bytes, the manifest says {entry.bytes}. The upload was cut short or "
+            "the file was replaced; restore it or use another version."
+        )
+    data = storage.read_bytes(location)
+    found = hashlib.sha256(data).hexdigest()
+    if found != entry.sha256:
+        raise ArtifactError(
+            f"{location}: SHA-256 is {found[:12]}, the manifest says {entry.sha256[:12]}. The file was "
+            "damaged or replaced; restore it or use another version."
+        )
+    return data
+
+
+def tensors_to_bytes(tensors: Mapping[str, Tensor]) -> bytes:
+    """A safetensors file. The same tensors give the same bytes: no metadata, names in order."""
+    return safetensors.torch.save(
+        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    )
+
+
+def tensors_from_bytes(data: bytes, source: str) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, by name, on the CPU.
+
+    `source` names the file in messages. Raises ArtifactError if the data are anything else:
+    a pickle, a zip, a header that is too long or that points outside the file.
+    """
+    header = struct.unpack("<Q", data[:8])[0] if len(data) >= 8 else -1
+    if not 0 <= header <= min(HEADER_BYTES, len(data) - 8):
+        raise ArtifactError(
+            f"{source}: not a safetensors file (its header would be {header} bytes long). Pickled "
+            "checkpoints are never opened here, since opening one can run code."
+        )
+    try:
+        return safetensors.torch.load(data)
+    except (SafetensorError, KeyError, ValueError, RuntimeError, AssertionError) as error:
+        raise ArtifactError(f"{source}: not a valid safetensors file ({error}).") from error
