@@ -38,6 +38,14 @@ class ArtifactError(InputError):
     """A directory of hashed files that cannot be trusted or is not there."""
 
 
+class NewerFormatError(ArtifactError):
+    """A directory that is presumably whole, but was written by a later release."""
+
+
+class NewerFormatError(ArtifactError):
+    """A directory that a later release wrote: not damaged, but not readable here."""
+
+
 @dataclass(frozen=True)
 class FileEntry:
     """What the manifest promises about one file."""
@@ -81,42 +89,51 @@ def write_directory(
     }
     text = json.dumps(record, indent=2, allow_nan=False).encode()
     storage.write_bytes(storage.join(url, MANIFEST), text)
-    return parse_manifest(url, text, format=format, version=version)
+    return _parse_manifest(url, text, {format: version})
 
 
 def read_manifest(url: str, *, format: str, version: int) -> Manifest:
     """Reads the manifest of the directory `url`, of this format and at most this version.
 
-    Raises ArtifactError if there is none or it is malformed, StoreError if the store refuses.
+    Raises ArtifactError if there is none or it is malformed, NewerFormatError if a later
+    release wrote it, StoreError if the store refuses.
     """
+    return read_manifest_of(url, {format: version})
+
+
+def read_manifest_of(url: str, versions: Mapping[str, int]) -> Manifest:
+    """Like `read_manifest`, of any of several formats: `versions` has the latest of each."""
     location = storage.join(url, MANIFEST)
     if not storage.exists(location):
         raise ArtifactError(
-            f"{url}: there is no {MANIFEST}. It is no {format}, or its writer died before the end, "
-            "or it was deleted; check the address."
+            f"{url}: there is no {MANIFEST}. It was never written to its end, or it was deleted, or the "
+            "address is wrong."
         )
     if storage.size(location) > MANIFEST_BYTES:
         raise ArtifactError(
             f"{location}: larger than {MANIFEST_BYTES >> 20} MiB; this was not written by us."
         )
-    return parse_manifest(url, storage.read_bytes(location), format=format, version=version)
+    return _parse_manifest(url, storage.read_bytes(location), versions)
 
 
-def parse_manifest(url: str, text: bytes, *, format: str, version: int) -> Manifest:
-    """The manifest `text` of the directory `url`; raises ArtifactError if it is malformed."""
+def _parse_manifest(url: str, text: bytes, versions: Mapping[str, int]) -> Manifest:
     location = storage.join(url, MANIFEST)
     try:
         record = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{location}: not valid JSON ({error}); it was cut short or replaced.") from error
-    if not isinstance(record, dict) or record.get("format") != format:
-        found = record.get("format") if isinstance(record, dict) else type(record).__name__
-        raise ArtifactError(f"{location}: the format is {found!r}, not {format!r}; check the address.")
-    found_version = record.get("format_version")
-    if type(found_version) is not int or not 1 <= found_version <= version:
+    format = record.get("format") if isinstance(record, dict) else None
+    if not isinstance(format, str) or format not in versions:
         raise ArtifactError(
-            f"{location}: format version {found_version!r} is unknown here (up to {version}); "
-            "it was written by a newer nvae-cluster, install that one."
+            f"{location}: the format is {format!r}, not {' or '.join(versions)}; check the address."
+        )
+    version = record.get("format_version")
+    if type(version) is not int or version < 1:
+        raise ArtifactError(f"{location}: format_version is {version!r}; this was not written by us.")
+    if version > versions[format]:
+        raise NewerFormatError(
+            f"{location}: has version {version} of the format {format}, and this release reads up to "
+            f"{versions[format]}; install the release that wrote it."
         )
     return Manifest(
         url=url,
@@ -179,9 +196,9 @@ def read_verified(manifest: Manifest, name: str) -> bytes:
 
 def tensors_to_bytes(tensors: Mapping[str, Tensor]) -> bytes:
     """A safetensors file. The same tensors give the same bytes: no metadata, names in order."""
-    return safetensors.torch.save(
-        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    )
+    on_host = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    data: bytes = safetensors.torch.save(on_host)
+    return data
 
 
 def tensors_from_bytes(data: bytes, source: str) -> dict[str, Tensor]:
@@ -197,6 +214,7 @@ def tensors_from_bytes(data: bytes, source: str) -> dict[str, Tensor]:
             "checkpoints are never opened here, since opening one can run code."
         )
     try:
-        return safetensors.torch.load(data)
+        tensors: dict[str, Tensor] = safetensors.torch.load(data)
     except (SafetensorError, KeyError, ValueError, RuntimeError, AssertionError) as error:
         raise ArtifactError(f"{source}: not a valid safetensors file ({error}).") from error
+    return tensors
