@@ -9,8 +9,9 @@ latent groups, in metrics. That is the order in which the model generates.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, get_args
 
 Likelihood = Literal["bernoulli", "normal", "logistic_mixture"]
@@ -90,8 +91,9 @@ class NVAEConfig:
     imported checkpoints."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.groups_per_scale, list):
-            object.__setattr__(self, "groups_per_scale", tuple(self.groups_per_scale))
+        groups: Any = self.groups_per_scale
+        if isinstance(groups, list):
+            object.__setattr__(self, "groups_per_scale", tuple(groups))
         found = problems(dataclasses.asdict(self))
         if found:
             raise NVAEConfigError(found)
@@ -121,7 +123,7 @@ class NVAEConfig:
         return self.image_channels * (self.image_size - 2 * self.border_pixels) ** 2
 
 
-_RANGES: dict[str, tuple[int, int]] = {
+RANGES: dict[str, tuple[int, int]] = {
     "image_size": (4, 4096),
     "pixel_bits": (1, 8),
     "border_pixels": (0, 512),
@@ -136,11 +138,41 @@ _RANGES: dict[str, tuple[int, int]] = {
     "decoder_cells_per_group": (1, 100),
     "flow_pairs": (0, 100),
 }
-_FLAGS = ("squeeze_excitation", "residual_posterior", "published_compatibility")
 _CHOICES: dict[str, tuple[str, ...]] = {
     "likelihood": get_args(Likelihood),
     "cell_family": get_args(CellFamily),
 }
+_FLAGS = ("squeeze_excitation", "residual_posterior", "published_compatibility")
+
+
+def _is_whole(value: Any, low: int, high: int) -> bool:
+    return type(value) is int and low <= value <= high
+
+
+def _is_list_of_counts(value: Any) -> bool:
+    return (
+        isinstance(value, list | tuple)
+        and len(value) > 0
+        and all(type(count) is int and count >= 1 for count in value)
+    )
+
+
+# Each field: its allowed values in words, and the test for them.
+_ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    **{
+        name: (f"a whole number from {low} to {high}", partial(_is_whole, low=low, high=high))
+        for name, (low, high) in RANGES.items()
+    },
+    **{name: (f"one of {', '.join(choices)}", choices.__contains__) for name, choices in _CHOICES.items()},
+    **{name: ("true or false", lambda value: type(value) is bool) for name in _FLAGS},
+    "image_channels": ("1 or 3", lambda value: type(value) is int and value in (1, 3)),
+    "groups_per_scale": ("a list of whole numbers >= 1, coarsest scale first", _is_list_of_counts),
+}
+
+
+def allowed(field: str) -> str:
+    """The values that a field takes, in words: "a whole number from 4 to 4096"."""
+    return _ALLOWED[field][0]
 
 
 def problems(values: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -151,26 +183,9 @@ def problems(values: Mapping[str, Any]) -> list[tuple[str, str]]:
     known = {field.name: field.default for field in dataclasses.fields(NVAEConfig)}
     found = [(key, "unknown setting") for key in values if key not in known]
     given = known | {key: value for key, value in values.items() if key in known}
-    for name, (low, high) in _RANGES.items():
-        if type(given[name]) is not int or not low <= given[name] <= high:
-            found.append((name, f"must be a whole number from {low} to {high}, not {given[name]!r}"))
-    for name in _FLAGS:
-        if type(given[name]) is not bool:
-            found.append((name, f"must be true or false, not {given[name]!r}"))
-    for name, choices in _CHOICES.items():
-        if given[name] not in choices:
-            found.append((name, f"must be one of {', '.join(choices)}, not {given[name]!r}"))
-    if given["image_channels"] not in (1, 3) or type(given["image_channels"]) is not int:
-        found.append(("image_channels", f"must be 1 or 3, not {given['image_channels']!r}"))
-    groups = given["groups_per_scale"]
-    if (
-        not isinstance(groups, list | tuple)
-        or not groups
-        or any(type(count) is not int or count < 1 for count in groups)
-    ):
-        found.append(
-            ("groups_per_scale", f"must be a list of whole numbers >= 1, coarsest scale first, not {groups!r}")
-        )
+    for name, (words, is_allowed) in _ALLOWED.items():
+        if not is_allowed(given[name]):
+            found.append((name, f"must be {words}, not {given[name]!r}"))
     return found or _misfits(given)
 
 
@@ -194,7 +209,9 @@ def _misfits(given: Mapping[str, Any]) -> list[tuple[str, str]]:
     if given["likelihood"] == "logistic_mixture" and given["image_channels"] != 3:
         found.append(("image_channels", "must be 3 with likelihood logistic_mixture"))
     if tuple(given["groups_per_scale"]) == (1,) and given["encoder_channels"] != given["decoder_channels"]:
-        found.append(("decoder_channels", "must equal encoder_channels in a plain VAE (groups_per_scale [1])"))
+        found.append(
+            ("decoder_channels", "must equal encoder_channels in a plain VAE (groups_per_scale [1])")
+        )
     if given["cell_family"] == "mbconv_den" and (3 * given["encoder_channels"]) % 8:
         found.append(("encoder_channels", "must be a multiple of 8 with cell_family mbconv_den"))
     if given["cell_family"] == "mbconv_den" and (3 * given["decoder_channels"]) % 8:
