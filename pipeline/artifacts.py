@@ -42,10 +42,6 @@ class NewerFormatError(ArtifactError):
     """A directory that is presumably whole, but was written by a later release."""
 
 
-class NewerFormatError(ArtifactError):
-    """A directory that a later release wrote: not damaged, but not readable here."""
-
-
 @dataclass(frozen=True)
 class FileEntry:
     """What the manifest promises about one file."""
@@ -184,7 +180,7 @@ def read_verified(manifest: Manifest, name: str) -> bytes:
             f"{location}: has {size} bytes, the manifest says {entry.bytes}. The upload was cut short or "
             "the file was replaced; restore it or use another version."
         )
-    data = storage.read_bytes(location)
+    data: bytes = storage.read_bytes(location)
     found = hashlib.sha256(data).hexdigest()
     if found != entry.sha256:
         raise ArtifactError(
