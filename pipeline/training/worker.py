@@ -1,0 +1,137 @@
+"""Where a training runs, as the loop sees it: its rank, its device, its colleagues.
+
+The loop knows this protocol alone, so that the same code runs in one process, under Ray
+Train, and in tests. `LocalWorker` is one process without Ray; Ray's is in
+cluster/ray_worker.py. Rejected: calling ray.train inside the loop and replacing it by
+mocks in tests, which tests the mocks.
+"""
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Mapping
+from types import FrameType, TracebackType
+from typing import Any, Protocol, Self
+
+import torch
+from torch import Tensor, nn
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Worker(Protocol):
+    """One of `world_size` processes that train the same model on shares of each batch."""
+
+    @property
+    def rank(self) -> int:
+        """0 .. world_size - 1; rank 0 writes checkpoints and curves."""
+
+    @property
+    def world_size(self) -> int: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def job(self) -> str:
+        """What the cluster calls the job that started this worker; `local` without one."""
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The model, on this worker's device, made to average gradients over all ranks."""
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """Sums `tensor` over all ranks in place and returns it. Every rank must call it."""
+
+    def barrier(self) -> None:
+        """Returns when every rank has called it."""
+
+    def report(self, metrics: Mapping[str, float], checkpoint: str | None) -> None:
+        """Tells whoever started the worker how far it is, and the URL of a new checkpoint.
+
+        Every rank must call it equally often.
+        """
+
+    def stop_requested(self) -> bool:
+        """Whether the training should be saved and left; the same answer on every rank.
+
+        Every rank must call it equally often.
+        """
+
+    def say(self, line: str) -> None:
+        """Shows a line to the user; of all ranks, 0 alone is heard."""
+
+
+class StopSignals:
+    """Turns the first SIGTERM or SIGINT into a wish to stop, within a `with` block.
+
+    Training then ends its step, writes a checkpoint and leaves cleanly. The second signal
+    acts as it did before the block, so that an impatient Ctrl-C still interrupts. Only the
+    main thread can receive signals: in any other the block changes nothing.
+    """
+
+    def __init__(self) -> None:
+        self.received = False
+        self._previous: dict[int, Callable[[int, FrameType | None], Any] | int | None] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._restore()
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.received = True
+        self._restore()
+        # Not through logging: the signal may have arrived in the middle of a line being logged.
+        name = signal.Signals(number).name
+        os.write(2, f"{name}: stopping after a checkpoint; once more stops at once\n".encode())
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            # None stands for a handler that was not installed from Python and cannot be put back.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        self._previous = {}
+
+
+class LocalWorker:
+    """The only worker of a training, in this process. Use it as a context manager."""
+
+    rank = 0
+    world_size = 1
+    job = "local"
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        """`device`: by default the first CUDA device, or the CPU where there is none."""
+        self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._signals = StopSignals()
+
+    def __enter__(self) -> Self:
+        self._signals.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._signals.__exit__(kind, error, trace)
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        return model.to(self.device)
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def barrier(self) -> None:
+        return None
+
+    def report(self, metrics: Mapping[str, float], checkpoint: str | None) -> None:
+        """Nobody started this worker but its own process, which knows everything already."""
+
+    def stop_requested(self) -> bool:
+        return self._signals.received
+
+    def say(self, line: str) -> None:
+        print(line, flush=True)
