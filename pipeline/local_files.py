@@ -1,0 +1,79 @@
+"""Files on this machine: whole or not there, with errors that say what to mend.
+
+A file is written beside its place, synced and renamed, so that neither a reader nor a crash
+ever finds a part of it. What a killed writer leaves behind ends in `.partial` and is not
+listed.
+"""
+
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from pipeline.storage_errors import explain
+from pipeline.urls import StoreError
+
+_PARTIAL = ".partial"
+
+
+def read(path: Path, start: int | None, end: int | None) -> bytes:
+    """Bytes [start, end) of a file, or as many of them as there are."""
+    with path.open("rb") as file:
+        file.seek(start or 0)
+        return file.read() if end is None else file.read(end - (start or 0))
+
+
+@contextmanager
+def written_atomically(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write to; synced and renamed to `path` if all went well."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}{_PARTIAL}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            _sync(temporary)
+            temporary.replace(path)
+            _sync(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise explain(error, str(path)) from error
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def delete(path: Path, recursive: bool) -> None:
+    """Delete a file, or with `recursive` a folder. Nothing there: no error."""
+    try:
+        if path.is_dir() and not path.is_symlink():
+            if not recursive:
+                raise StoreError(f"{path}: is a folder.")
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        raise explain(error, str(path)) from error
+
+
+def entries(folder: Path) -> dict[str, int | None]:
+    """Size of each file directly in `folder` by name, None for folders; empty if it is not there."""
+    if not folder.is_dir():
+        return {}
+    found: dict[str, int | None] = {}
+    try:
+        for entry in os.scandir(folder):
+            if not entry.name.endswith(_PARTIAL):
+                # Another worker may delete a file between its listing and the question for its size.
+                with suppress(FileNotFoundError):
+                    found[entry.name] = None if entry.is_dir() else entry.stat().st_size
+    except OSError as error:
+        raise explain(error, str(folder)) from error
+    return found
