@@ -5,11 +5,18 @@ in KEY=VALUE overrides, in search spaces, in MLflow. A setting that is marked re
 change when a run continues; every other is part of the run's identity, and another value
 means another run. Amounts of training are counted in images, never in steps or epochs, so
 that the batch size and the number of workers may change.
+
+Pydantic checks one value at a time here; what must hold between settings is in RULES, so
+that `pipeline/config_file.py` can report every mistake of both kinds together. A validator
+of a whole section was rejected: pydantic skips it as soon as one of its fields is wrong.
 """
 
-from typing import Any, Literal
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from nvae.config import NVAEConfig
 
@@ -19,7 +26,24 @@ RESUMABLE: dict[str, Any] = {"resumable": True}
 class Section(BaseModel):
     """A group of settings: unknown keys are refused, values are checked and never change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @classmethod
+    def parse(cls, name: str, value: Any) -> Any:
+        """The value of one setting of this section as its own type, or ValueError.
+
+        A flag is no number, although Python (and pydantic) would count true as 1.
+        """
+        if isinstance(value, bool) and cls.model_fields[name].annotation is not bool:
+            raise ValueError(f"{value!r} is a flag")
+        return _adapter(cls, name).validate_python(value)
+
+
+@cache
+def _adapter(section: type[Section], name: str) -> TypeAdapter[Any]:
+    field = section.model_fields[name]
+    checked_type: Any = Annotated[field.annotation, field]
+    return TypeAdapter(checked_type, config=ConfigDict(allow_inf_nan=False))
 
 
 class DataConfig(Section):
@@ -88,7 +112,7 @@ class TrainConfig(Section):
     )
     """What the backward pass recomputes to save memory: nothing, batch norm + swish (as in
     the paper), or whole cells."""
-    seed: int = Field(1, ge=0)
+    seed: int = Field(1, ge=0, le=2**32 - 1)
     """Seed of the initial weights, the order of samples and all noise."""
 
 
@@ -151,3 +175,58 @@ class RunConfig(Section):
     """The pictures made during training."""
     registry: RegistryConfig = RegistryConfig()
     """Where the result is registered."""
+
+    @classmethod
+    def section(cls, name: str) -> type[Section]:
+        """The class of a section of settings other than the model."""
+        kind: Any = cls.model_fields[name].annotation
+        assert issubclass(kind, Section), f"{name} is no section"
+        return kind
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What must hold between settings that are each fine alone. The first path is to blame."""
+
+    paths: tuple[str, ...]
+    holds: Callable[..., bool]
+    message: str
+
+
+RULES = (
+    Rule(
+        ("train.total_images", "train.batch_size"),
+        lambda total, batch: total >= batch,
+        "{0} images are less than one batch of {1}",
+    ),
+    Rule(
+        ("train.micro_batch_size", "train.batch_size"),
+        lambda micro, batch: micro is None or micro <= batch,
+        "{0} is more than train.batch_size, {1}",
+    ),
+    Rule(
+        ("data.lanes", "train.batch_size"),
+        lambda lanes, batch: lanes is None or batch % lanes == 0,
+        "{0} lanes do not divide train.batch_size, {1}",
+    ),
+    Rule(
+        ("optimizer.warmup_images", "train.total_images"),
+        lambda warmup, total: warmup <= total,
+        "a warm-up of {0} images is longer than the training, train.total_images = {1}",
+    ),
+    Rule(
+        ("optimizer.minimum_learning_rate", "optimizer.learning_rate"),
+        lambda low, high: low <= high,
+        "{0} is more than optimizer.learning_rate, {1}",
+    ),
+    Rule(
+        ("objective.kl_warmup_fraction", "objective.kl_constant_fraction"),
+        lambda warmup, constant: warmup + constant <= 1 + 1e-9,
+        "{0} and kl_constant_fraction, {1}, exceed 1: the KL coefficient would never reach 1",
+    ),
+    Rule(
+        ("objective.spectral_coefficient_initial", "objective.spectral_coefficient"),
+        lambda initial, final: initial is None or final > 0,
+        "cannot fall from {0} to 0 in its logarithm; leave it out or give a positive spectral_coefficient",
+    ),
+)
