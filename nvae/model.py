@@ -23,6 +23,7 @@ from nvae.config import NVAEConfig
 from nvae.distributions import Likelihood, Noise, Normal, image_likelihood, logit_channels
 from nvae.flows import FlowPair
 from nvae.layers import Conv2d, at_least_float32, full_precision
+from nvae.spectral import SpectralRegularization
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,7 @@ class NVAE(nn.Module):
         self.decoder_tower = _decoder_tower(config)
         self.postprocess = _postprocess(config)
         self.image_head = Conv2d(config.decoder_channels, logit_channels(config), 3)
+        self.spectral = SpectralRegularization(self)
 
     def forward(self, images: Tensor, noise: Noise) -> Output:
         """Encode and decode images (B, C, H, W), which are as `nvae.pixels.to_model` makes them.

@@ -1,0 +1,107 @@
+# L layers of one shape; a weight is a matrix (rows, columns) = (out, in / groups * k * k).
+"""Spectral regularization and the batch-norm scale penalty: they keep a deep hierarchy stable.
+
+The KL between two groups is unbounded, and a small change of the features in between can move
+it by any amount. NVAE bounds how sharply its layers react (Sec. 3.2) by adding to the loss the
+largest singular value of every convolution, and the largest scale of every batch norm, which
+could undo that.
+
+A singular value is estimated by power iteration. Weights move little in one update, so that
+four iterations suffice if they go on where the last ones stopped; the singular vectors are
+buffers and travel with the checkpoint. The published code starts again from noise whenever it
+resumes. Matrices of one shape are stacked and iterated together: 986 convolutions of the
+256x256 model have 60 shapes, more or less.
+"""
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nvae.batch_norm import BatchNorm
+from nvae.layers import Conv2d, full_precision
+
+FIRST_ITERATIONS = 40
+ITERATIONS = 4
+
+
+class SpectralRegularization(nn.Module):
+    """Sum of the largest singular values of all convolutions of a model, of which it is a part.
+
+    Buffers: `u_RxC` (L, R) and `v_RxC` (L, C), the singular vectors of the L layers of that
+    shape in the model's order; `warm`, whether they have been iterated on.
+    """
+
+    warm: Tensor
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._layers: dict[tuple[int, int], list[Conv2d]] = defaultdict(list)
+        for convolution in model.modules():
+            if isinstance(convolution, Conv2d):
+                rows = convolution.out_channels
+                self._layers[rows, convolution.weight.numel() // rows].append(convolution)
+        for (rows, columns), layers in self._layers.items():
+            self.register_buffer(f"u_{rows}x{columns}", normalize(torch.randn(len(layers), rows)))
+            self.register_buffer(f"v_{rows}x{columns}", normalize(torch.randn(len(layers), columns)))
+        self.register_buffer("warm", torch.tensor(False))
+        self._known_warm = False
+
+    def forward(self) -> Tensor:
+        """The penalty (0-d); moves the singular vectors on. In fp32 under autocast, too."""
+        iterations = ITERATIONS if self._is_warm() else FIRST_ITERATIONS
+        penalty: Tensor = self.warm.new_zeros((), dtype=torch.float32)
+        with full_precision(self.warm.device):
+            for (rows, columns), layers in self._layers.items():
+                weights = torch.stack([layer.effective_weight().flatten(1) for layer in layers])
+                u, v = self.get_buffer(f"u_{rows}x{columns}"), self.get_buffer(f"v_{rows}x{columns}")
+                new_u, new_v = iterate(weights.detach(), u, v, iterations)
+                penalty = penalty + singular_values(weights, new_u, new_v).sum()
+                # Copied, not assigned: the backward pass needs the new ones unharmed.
+                u.copy_(new_u)
+                v.copy_(new_v)
+        self.warm.fill_(True)
+        return penalty
+
+    def _is_warm(self) -> bool:
+        """Reads the buffer until it is set, and then no more: reading waits for the device."""
+        if not self._known_warm:
+            self._known_warm = bool(self.warm)
+        return self._known_warm
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        super()._load_from_state_dict(*arguments)
+        self._known_warm = False
+
+
+def normalize(vectors: Tensor) -> Tensor:
+    """Rows (L, N) at length one; rows shorter than 1e-3 are only divided by that."""
+    lengths: Tensor = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
+    return vectors / lengths.clamp(min=1e-3)
+
+
+@torch.no_grad()
+def iterate(weights: Tensor, u: Tensor, v: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
+    """`iterations` steps of power iteration for (L, R, C) from u (L, R); returns the new u and v (L, C)."""
+    for _ in range(iterations):
+        v = normalize((weights.mT @ u[..., None]).squeeze(-1))
+        u = normalize((weights @ v[..., None]).squeeze(-1))
+    return u, v
+
+
+def singular_values(weights: Tensor, u: Tensor, v: Tensor) -> Tensor:
+    """u^T W v of each layer (L,); its gradient u v^T is that of the singular value."""
+    images = (weights @ v[..., None]).squeeze(-1)
+    return (u * images).sum(-1)
+
+
+def batch_norm_scale_penalty(model: nn.Module) -> Tensor:
+    """Sum over all batch norms of the largest absolute scale (0-d)."""
+    scales: dict[int, list[Tensor]] = defaultdict(list)
+    for module in model.modules():
+        if isinstance(module, BatchNorm):
+            scales[len(module.weight)].append(module.weight)
+    if not scales:
+        return next(model.parameters()).new_zeros(())
+    return torch.stack([torch.stack(same).abs().amax(1).sum() for same in scales.values()]).sum()

@@ -1,0 +1,342 @@
+# B images of this rank, C colours, H x W pixels, G latent groups.
+"""One update of an NVAE. Set the first breakpoint in `update`.
+
+It takes uint8 images and changes weights, and knows no files, no clock and no schedule. On
+several ranks `model` is wrapped in DistributedDataParallel and every rank calls `update` with
+its share of the batch. The result is the update that one process would make with the whole
+batch, up to the order of summation: batch norms and KL balancing take their statistics over
+all ranks, losses are divided by the weight of the global batch, and penalties are alike on all
+ranks, as are their gradients.
+
+A loss or gradient that is not finite leaves everything as it was, on all ranks: they add up
+one pair of numbers, and no rank steps unless the sums are finite. Asking for that is the one
+moment at which the host waits for the device; stepping under a mask on the device instead
+would take an optimizer of our own.
+"""
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.profiler import record_function
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.optim import Adamax, Optimizer
+from torch.optim.swa_utils import AveragedModel
+
+from nvae import objective
+from nvae.batch_norm import BatchNorm
+from nvae.distributions import Noise
+from nvae.layers import shared_weights
+from nvae.model import NVAE
+from nvae.pixels import to_model
+from nvae.spectral import batch_norm_scale_penalty
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """What the schedules decide for one update."""
+
+    learning_rate: float
+    kl: float
+    """Weight of the KL in [0, 1]. Below 1 the groups are balanced."""
+    spectral: float
+    """Weight of spectral regularization and batch-norm scale penalty. At 0 they are not computed."""
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """What stays the same from update to update."""
+
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: the network under autocast. Statistics, likelihoods and penalties stay in fp32."""
+    micro_batches: int = 1
+    """Parts of a rank's images that pass one after the other, their gradients added up; the same
+    number on all ranks. Batch norm and KL balancing see one part (of all ranks) at a time, so
+    that the update is not exactly that of the undivided batch."""
+    kl_balancing: bool = True
+    gradient_clip_norm: float | None = None
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What happened, as tensors on the device: adding them up costs nothing, reading them waits.
+
+    First sums over this rank's images, each times its weight; then values that are the same on
+    all ranks. Any may be infinite or nan if `finite` is false.
+    """
+
+    images: Tensor
+    """The sum of the weights."""
+    reconstruction: Tensor
+    """-log p(x given z) in nats."""
+    kl_per_group: Tensor
+    """(G,) in nats, without coefficient or balance."""
+
+    loss: Tensor
+    """What was minimized: the mean over the global batch, with coefficients and penalties."""
+    spectral: Tensor
+    batch_norm_scale: Tensor
+    gradient_norm: Tensor
+    """L2 norm of the gradient before clipping and weight decay."""
+    finite: Tensor
+    """Whether the update was made. If not, the weights and all other state are as before."""
+
+    @property
+    def nelbo(self) -> Tensor:
+        """In nats, without coefficient or balance: a sum over this rank's images."""
+        return self.reconstruction + self.kl_per_group.sum()
+
+
+def update(
+    model: nn.Module,
+    optimizer: Optimizer,
+    images: Tensor,
+    coefficients: Coefficients,
+    settings: StepSettings,
+    *,
+    noise: Noise,
+    flip: Tensor | None = None,
+    weights: Tensor | None = None,
+    ema: AveragedModel | None = None,
+) -> StepResult:
+    """Train `model` on this rank's images, uint8 (B, C, H, W), and average its weights into `ema`.
+
+    `noise` gives the latents' standard normal draws; `flip` (B,) says which images to mirror;
+    `weights` (B,) weighs them in the loss (0: not counted; default: all 1).
+    """
+    network: NVAE = model.module if isinstance(model, DistributedDataParallel) else model  # type: ignore[assignment]
+    batch = _Batch.of(images, flip, weights)
+    global_weight = _sum_over_ranks(batch.weights.sum())
+    before = _Buffers(network)
+    optimizer.zero_grad()
+
+    terms: list[_Terms] = []
+    for part in batch.split(settings.micro_batches):
+        is_last = len(terms) == settings.micro_batches - 1
+        # The penalties use the weights that the convolutions have computed anyway.
+        with _communicating(model, is_last), shared_weights(network):
+            with record_function("step/forward"):
+                terms.append(_forward(model, network, part, noise, coefficients, settings))
+            # The loss is a sum over ranks, of which DistributedDataParallel makes a mean.
+            loss = terms[-1].loss * (_world_size() / global_weight)
+            if is_last:
+                with record_function("step/penalties"):
+                    penalties = _penalties(network, coefficients)
+                loss = loss + penalties.loss
+            with record_function("step/backward"):
+                loss.backward()  # type: ignore[no-untyped-call]
+
+    with record_function("step/optimizer"):
+        done = _add(terms)
+        gradient_norm = get_total_norm(_gradients(network), foreach=True)
+        mean_loss, norms = _sum_over_ranks(torch.stack([done.loss / global_weight, gradient_norm]))
+        loss = mean_loss + penalties.loss.detach()
+        finite = torch.isfinite(loss + norms)
+        if finite:
+            _clip(network, gradient_norm, settings)
+            _step(optimizer, coefficients)
+            if ema is not None:
+                ema.update_parameters(network)
+        else:
+            before.restore()
+    return StepResult(
+        images=batch.weights.sum(),
+        reconstruction=done.reconstruction,
+        kl_per_group=done.kl_per_group,
+        loss=loss,
+        spectral=penalties.spectral.detach(),
+        batch_norm_scale=penalties.batch_norm_scale.detach(),
+        gradient_norm=gradient_norm,
+        finite=finite,
+    )
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """This rank's images, uint8 (B, C, H, W), and their weights (B,)."""
+
+    images: Tensor
+    weights: Tensor
+
+    @classmethod
+    def of(cls, images: Tensor, flip: Tensor | None, weights: Tensor | None) -> "_Batch":
+        if flip is not None:
+            images = torch.where(flip[:, None, None, None], images.flip(-1), images)
+        if weights is None:
+            weights = torch.ones(len(images), device=images.device)
+        return cls(images, weights)
+
+    def split(self, parts: int) -> "Iterator[_Batch]":
+        """`parts` batches whose sizes differ by at most one."""
+        pairs = zip(self.images.tensor_split(parts), self.weights.tensor_split(parts), strict=True)
+        return (_Batch(images, weights) for images, weights in pairs)
+
+
+@dataclass(frozen=True)
+class _Terms:
+    """Weighted sums over the images of a part: the loss, differentiable, and what is reported."""
+
+    loss: Tensor
+    reconstruction: Tensor
+    kl_per_group: Tensor
+
+
+def _forward(
+    model: nn.Module,
+    network: NVAE,
+    batch: _Batch,
+    noise: Noise,
+    coefficients: Coefficients,
+    settings: StepSettings,
+) -> _Terms:
+    config, weights = network.config, batch.weights
+    # fp32, but for a model that was made double to check another against.
+    levels = to_model(batch.images, config).to(network.stem.weight.dtype)
+    with torch.autocast(levels.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+        output = model(levels, noise)
+    reconstruction = objective.reconstruction(output, levels, config)
+    kl = objective.kl_per_group(output)
+    charged = kl
+    if settings.kl_balancing and coefficients.kl < 1:
+        charged = objective.balance(kl.detach(), weights, config) * kl
+    loss = reconstruction + coefficients.kl * charged.sum(dim=1)
+    return _Terms(
+        loss=(weights * loss).sum(),
+        reconstruction=(weights * reconstruction.detach()).sum(),
+        kl_per_group=weights.to(kl) @ kl.detach(),
+    )
+
+
+@dataclass(frozen=True)
+class _Penalties:
+    loss: Tensor
+    spectral: Tensor
+    batch_norm_scale: Tensor
+
+
+def _penalties(network: NVAE, coefficients: Coefficients) -> _Penalties:
+    """Alike on all ranks: weights and singular vectors are. After a forward pass, which may
+    initialize weights from data."""
+    if coefficients.spectral == 0:
+        none = network.stem.weight.new_zeros(())
+        return _Penalties(none, none, none)
+    spectral, batch_norm_scale = network.spectral(), batch_norm_scale_penalty(network)
+    return _Penalties(coefficients.spectral * (spectral + batch_norm_scale), spectral, batch_norm_scale)
+
+
+def _add(terms: Sequence[_Terms]) -> _Terms:
+    return _Terms(
+        loss=torch.stack([term.loss.detach() for term in terms]).sum(0),
+        reconstruction=torch.stack([term.reconstruction for term in terms]).sum(0),
+        kl_per_group=torch.stack([term.kl_per_group for term in terms]).sum(0),
+    )
+
+
+def _gradients(network: NVAE) -> list[Tensor]:
+    return [p.grad for p in network.parameters() if p.grad is not None]
+
+
+def _clip(network: NVAE, gradient_norm: Tensor, settings: StepSettings) -> None:
+    if settings.gradient_clip_norm is not None:
+        clip_grads_with_norm_(network.parameters(), settings.gradient_clip_norm, gradient_norm, foreach=True)
+
+
+def _step(optimizer: Optimizer, coefficients: Coefficients) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = coefficients.learning_rate
+    optimizer.step()
+
+
+class _Buffers:
+    """A copy of a model's buffers, to put back. One tensor per type: few and large copies."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._buffers: dict[torch.dtype, list[Tensor]] = defaultdict(list)
+        for buffer in model.buffers():
+            self._buffers[buffer.dtype].append(buffer)
+        self._copies = {
+            dtype: torch.cat([buffer.reshape(-1) for buffer in buffers])
+            for dtype, buffers in self._buffers.items()
+        }
+
+    def restore(self) -> None:
+        for dtype, buffers in self._buffers.items():
+            parts = torch.split(self._copies[dtype], [buffer.numel() for buffer in buffers])
+            for buffer, part in zip(buffers, parts, strict=True):
+                buffer.copy_(part.view_as(buffer))
+
+
+def _communicating(model: nn.Module, yes: bool) -> AbstractContextManager[object]:
+    """Whether the backward pass in it averages gradients over ranks, or keeps them for the next."""
+    if yes or not isinstance(model, DistributedDataParallel):
+        return nullcontext()
+    return model.no_sync()
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _sum_over_ranks(tensor: Tensor) -> Tensor:
+    if _world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+# --- what an update is given ------------------------------------------------------------------
+
+
+def make_optimizer(model: nn.Module, weight_decay: float) -> Adamax:
+    """Adamax as published. Weight decay is part of the gradient and holds for all parameters."""
+    return Adamax(model.parameters(), betas=(0.9, 0.999), eps=1e-3, weight_decay=weight_decay, foreach=True)
+
+
+_Tensors = tuple[Tensor, ...] | list[Tensor]
+
+
+class WeightAverage(AveragedModel):
+    """Exponential moving average of a model's weights and batch norm statistics.
+
+    `decay` is reached by a ramp, so that the first weights are soon forgotten. Other buffers
+    (counters, singular vectors) are those of the model. `n_averaged` counts the updates and
+    stays on the CPU, where asking for it does not wait for the device.
+    """
+
+    def __init__(self, model: NVAE, decay: float) -> None:
+        def average(averaged: _Tensors, current: _Tensors, count: Tensor | int) -> None:
+            if averaged[0].is_floating_point():
+                ramp = (1 + int(count)) / (10 + int(count))
+                torch._foreach_lerp_(averaged, current, 1 - min(decay, ramp))
+
+        super().__init__(model, multi_avg_fn=average, use_buffers=True)
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        super().update_parameters(model)
+        for mine, theirs in zip(self.module.modules(), model.modules(), strict=True):
+            averaged = {"running_mean", "running_var"} if isinstance(theirs, BatchNorm) else set()
+            for name, buffer in theirs.named_buffers(recurse=False):
+                if name not in averaged:
+                    mine.get_buffer(name).copy_(buffer)
+
+
+def make_ema(model: NVAE, decay: float) -> WeightAverage:
+    return WeightAverage(model, decay)
+
+
+def step_noise(seed: int, images_seen: int, rank: int, device: torch.device, rollbacks: int = 0) -> Noise:
+    """The latents' noise of one update on one rank: a pure function of its arguments.
+
+    Nothing about it needs saving. It goes on from micro-batch to micro-batch. Another
+    `rollbacks` gives other noise to an update that is repeated.
+    """
+    name = f"{seed}/{images_seen}/{rank}/{rollbacks}".encode()
+    generator = torch.Generator(device).manual_seed(int.from_bytes(hashlib.sha256(name).digest()[:8]) >> 1)
+    return lambda shape: torch.randn(shape, generator=generator, device=device)
