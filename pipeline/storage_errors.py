@@ -29,7 +29,7 @@ _BY_CODE = {
     "301": "the bucket lies in another region; set AWS_DEFAULT_REGION to it.",
     "AuthorizationHeaderMalformed": "the region is wrong; set AWS_DEFAULT_REGION to the bucket's.",
     "IllegalLocationConstraintException": "the bucket lies in another region; set AWS_DEFAULT_REGION.",
-    "InvalidRange": "ends before the bytes that were asked for. It was cut short or replaced; write it again.",
+    "InvalidRange": "ends before the bytes asked for. It was cut short or replaced; write it again.",
     "QuotaExceeded": "the store's quota is used up.",
     "EntityTooLarge": "the store does not take files of this size.",
 }

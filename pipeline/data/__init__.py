@@ -1,0 +1,1 @@
+"""From images to batches: sources, shards, the order of samples, verified reading."""
