@@ -191,7 +191,7 @@ def groups_per_scale(scales: int, finest: int, *, adaptive: bool, minimum: int) 
 
 
 def published_names(model: NVAE) -> dict[str, str]:
-    """The published name of every entry of `model.state_dict()`, by ours."""
+    """The published name of every entry of `model.state_dict()`, by ours; singular vectors have none."""
     names = {}
     if hasattr(model, "initial_state"):
         names["initial_state"] = "prior_ftr0"
@@ -213,7 +213,8 @@ def _load_state(model: NVAE, state: Mapping[str, Tensor]) -> None:
             f"{len(unknown)} are unknown {unknown[:3]}"
         )
     try:
-        model.load_state_dict({ours: state[published] for ours, published in names.items()})
+        # Not strict: the published code keeps no singular vectors. All other names are checked above.
+        model.load_state_dict({ours: state[published] for ours, published in names.items()}, strict=False)
     except RuntimeError as error:
         raise PublishedCheckpointError(f"its weights do not fit its arguments: {error}") from error
 
