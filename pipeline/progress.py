@@ -1,0 +1,131 @@
+"""What a user sees while something runs: status lines, progress bars, tables. The door to `rich`.
+
+Status goes to standard error, results (tables, JSON) to standard output, so that a listing can
+be piped while its progress is watched. Where standard error is no terminal, as in a file, in
+continuous integration or in a Ray worker, whose output is forwarded line by line, there are no
+bars: they would be cut to pieces there. Training shows one aligned line per log interval instead.
+"""
+
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+Item = TypeVar("Item")
+
+_PLAIN_SECONDS = 10.0
+"""Between two plain lines about the same work."""
+
+
+def say(message: str) -> None:
+    """One status line, as it is: brackets and long URLs are left alone."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def track(items: Iterable[Item], description: str, total: int | None = None) -> Iterator[Item]:
+    """Pass the items on and show how many have passed, of `total` or of `len(items)` if known."""
+    if total is None and isinstance(items, Sequence):
+        total = len(items)
+    console = Console(stderr=True)
+    shown = _bar if console.is_terminal else _lines
+    return shown(items, description, total, console)
+
+
+def training_line(metrics: Mapping[str, float], images_seen: int, total_images: int) -> str:
+    """The status line of one log interval; its columns stand below each other.
+
+    Reads `train/bits_per_dim`, `train/kl_nats` and `train/images_per_second`, of which the
+    remaining time follows; what is absent is a dash.
+    """
+    rate = metrics.get("train/images_per_second")
+    remaining = (total_images - images_seen) / rate if rate else None
+    digits = len(f"{total_images:,}")
+    columns = [
+        f"{images_seen:>{digits},} of {total_images:,} images ({images_seen / total_images:4.0%})",
+        f"{_number(metrics.get('train/bits_per_dim'), '7.3f')} bits/dim",
+        f"{_number(metrics.get('train/kl_nats'), '9.1f')} nats KL",
+        f"{_number(rate, '8.1f')} images/s",
+        f"{duration(remaining):>7} left",
+    ]
+    return "  ".join(columns)
+
+
+def evaluation_line(scores: Mapping[str, float], images_seen: int) -> str:
+    """The status line of one evaluation on the validation split."""
+    line = (
+        f"Validation at {images_seen:,} images: "
+        f"{_number(scores.get('validation/bits_per_dim'), '.3f')} bits/dim, "
+        f"{_number(scores.get('validation/nelbo_nats'), '.1f')} nats NELBO, "
+        f"{_number(scores.get('validation/kl_nats'), '.1f')} of them KL"
+    )
+    weighted = scores.get("validation/importance_weighted_bits_per_dim")
+    return line if weighted is None else f"{line}; importance-weighted {weighted:.3f} bits/dim"
+
+
+def duration(seconds: float | None) -> str:
+    """Two units at most: "7s", "3m 07s", "2h 05m", "4d 03h"; a dash if unknown."""
+    if seconds is None:
+        return "-"
+    whole = round(seconds)
+    for size, unit, smaller_size, smaller in (
+        (86400, "d", 3600, "h"),
+        (3600, "h", 60, "m"),
+        (60, "m", 1, "s"),
+    ):
+        if whole >= size:
+            return f"{whole // size}{unit} {whole % size // smaller_size:02}{smaller}"
+    return f"{whole}s"
+
+
+def table(rows: Iterable[Mapping[str, object]], columns: Mapping[str, str]) -> None:
+    """Print rows to standard output; `columns` maps their keys to headings.
+
+    A terminal gets a table of its width, anything else tab-separated lines, complete.
+    """
+    console = Console()
+    cells = [[_cell(row.get(key)) for key in columns] for row in rows]
+    if not console.is_terminal:
+        for line in [list(columns.values()), *cells]:
+            print("\t".join(line))
+        return
+    grid = Table(box=None, pad_edge=False, header_style="bold")
+    for key, heading in columns.items():
+        numbers = all(isinstance(row.get(key), int | float | None) for row in rows)
+        grid.add_column(heading, justify="right" if numbers else "left", overflow="fold")
+    for line in cells:
+        grid.add_row(*line)
+    console.print(grid, markup=False)
+
+
+def _bar(items: Iterable[Item], description: str, total: int | None, console: Console) -> Iterator[Item]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        yield from progress.track(items, total=total, description=description)
+
+
+def _lines(items: Iterable[Item], description: str, total: int | None, _: Console) -> Iterator[Item]:
+    """A line every few seconds, and one at the end."""
+    of_total = "" if total is None else f" of {total}"
+    last, done = time.monotonic(), 0
+    for item in items:
+        yield item
+        done += 1
+        if time.monotonic() - last > _PLAIN_SECONDS:
+            last = time.monotonic()
+            say(f"{description}: {done}{of_total}")
+    say(f"{description}: {done}{of_total}, done")
+
+
+def _number(value: float | None, form: str) -> str:
+    width = form.partition(".")[0]
+    return f"{'-':>{width}}" if value is None else f"{value:{form}}"
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

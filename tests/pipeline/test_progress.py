@@ -1,0 +1,47 @@
+"""What a user sees: complete where it is piped, aligned where it is read."""
+
+import pytest
+
+from pipeline.progress import duration, evaluation_line, say, table, track, training_line
+
+
+def test_work_outside_a_terminal_is_told_in_plain_lines(capsys):
+    assert list(track([1, 2, 3], "Writing [shards]")) == [1, 2, 3]
+    assert capsys.readouterr() == ("", "Writing [shards]: 3 of 3, done\n")
+
+
+def test_status_lines_are_left_as_they_are_and_apart_from_results(capsys):
+    say("[bold]s3://bucket/" + "x" * 200)
+    assert capsys.readouterr() == ("", "[bold]s3://bucket/" + "x" * 200 + "\n")
+
+
+def test_a_piped_table_is_complete_and_separated_by_tabs(capsys):
+    rows = [{"name": "n" * 200, "bits": 0.690123}, {"name": "[b]", "bits": None}]
+    table(rows, {"name": "NAME", "bits": "BITS/DIM"})
+    assert capsys.readouterr().out.splitlines() == ["NAME\tBITS/DIM", "n" * 200 + "\t0.6901", "[b]\t-"]
+
+
+def test_training_lines_stand_below_each_other():
+    first = training_line({"train/bits_per_dim": 12.3456, "train/images_per_second": 9.5}, 160, 4800)
+    last = training_line(
+        {"train/bits_per_dim": 2.1, "train/kl_nats": 1234.5, "train/images_per_second": 118.04}, 4800, 4800
+    )
+    assert len(first) == len(last)
+    assert first.index("bits/dim") == last.index("bits/dim")
+    assert "8m 08s left" in first and "0s left" in last and "1234.5 nats KL" in last
+
+
+def test_the_line_of_an_evaluation_tells_the_bound_apart_from_the_estimate():
+    scores = {"validation/bits_per_dim": 2.5, "validation/nelbo_nats": 900.0, "validation/kl_nats": 100.0}
+    weighted = scores | {"validation/importance_weighted_bits_per_dim": 2.25}
+    line = "Validation at 4,800 images: 2.500 bits/dim, 900.0 nats NELBO, 100.0 of them KL"
+    assert evaluation_line(scores, 4800) == line
+    assert evaluation_line(weighted, 4800) == f"{line}; importance-weighted 2.250 bits/dim"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(None, "-"), (0, "0s"), (59.6, "1m 00s"), (187, "3m 07s"), (7500, "2h 05m"), (356_400, "4d 03h")],
+)
+def test_durations_have_two_units_at_most(seconds, text):
+    assert duration(seconds) == text
