@@ -181,7 +181,8 @@ class RunConfig(Section):
         """The class of a section of settings other than the model."""
         kind: Any = cls.model_fields[name].annotation
         assert issubclass(kind, Section), f"{name} is no section"
-        return kind
+        section: type[Section] = kind
+        return section
 
 
 @dataclass(frozen=True)
