@@ -87,8 +87,16 @@ class NVAEConfig:
     flow_pairs: int = 0
     """Pairs of autoregressive flow cells after each posterior; the paper counts each pair as two."""
     published_compatibility: bool = False
-    """Reproduce the known defects of the published implementation, for parity and for
-    imported checkpoints."""
+    """Reproduce the published implementation where it is known to be wrong, for parity and for
+    imported checkpoints. It switches:
+    the probability of a pixel under the logistic mixture (8 bits: value 254 counts as open-ended,
+    so that probabilities sum to more than 1; small ones are approximated by a density);
+    the temperature of pixels (divides the logistic scales instead of multiplying them; ignored
+    by the normal likelihood);
+    cells of res_elu (initialize themselves from the first batch after every loading, in
+    evaluation too, instead of once);
+    KL balancing (by each worker's own images instead of the whole batch);
+    the learning rate (constant within an epoch, and its cosine starts one step below the peak)."""
 
     def __post_init__(self) -> None:
         groups: Any = self.groups_per_scale
@@ -212,11 +220,13 @@ def _misfits(given: Mapping[str, Any]) -> list[tuple[str, str]]:
         found.append(
             ("decoder_channels", "must equal encoder_channels in a plain VAE (groups_per_scale [1])")
         )
-    if given["cell_family"] == "mbconv_den" and (3 * given["encoder_channels"]) % 8:
-        found.append(("encoder_channels", "must be a multiple of 8 with cell_family mbconv_den"))
-    if given["cell_family"] == "mbconv_den" and (3 * given["decoder_channels"]) % 8:
-        found.append(("decoder_channels", "must be a multiple of 8 with cell_family mbconv_den"))
-    for name in ("encoder_channels", "decoder_channels"):
-        if given[name] % 2:
-            found.append((name, f"must be even, not {given[name]}"))
+    if given["cell_family"] == "mbconv_den" and blocks:
+        # The grouped convolutions before and after the towers have 8 groups.
+        narrowest = {
+            "encoder_channels": given["encoder_channels"],
+            "decoder_channels": given["decoder_channels"] * (2 if given["postprocess_cells"] == 1 else 1),
+        }
+        for name, channels in narrowest.items():
+            if channels % 8:
+                found.append((name, "must be a multiple of 8 with cell_family mbconv_den"))
     return found

@@ -101,6 +101,10 @@ def _read(source: str | os.PathLike[str] | bytes) -> dict[str, Any]:
 
 
 def _convert(loaded: Mapping[str, Any]) -> PublishedCheckpoint:
+    if not isinstance(loaded["args"], argparse.Namespace):
+        raise PublishedCheckpointError(
+            f"its args are a {type(loaded['args']).__name__}, not an argparse.Namespace"
+        )
     arguments = _LATER_ARGUMENTS | vars(loaded["args"])
     state: dict[str, Tensor] = loaded["state_dict"]
     config = config_from_arguments(arguments, state)
@@ -235,15 +239,19 @@ def _optimizer_state(
         if parameter is None or index not in state:
             continue
         name, value = parameter
-        entry = {
-            "step": torch.tensor(float(state[index]["step"])),
-            "exp_avg": state[index]["exp_avg"],
-            "exp_inf": state[index]["exp_inf"],
-        }
-        if any(entry[key].shape != value.shape for key in ("exp_avg", "exp_inf")):
-            raise PublishedCheckpointError(f"its optimizer state {index} does not fit the parameter {name}")
-        named[name] = entry
+        named[name] = _adamax_entry(name, value, state[index])
     return named
+
+
+def _adamax_entry(name: str, parameter: Tensor, entry: Mapping[str, Any]) -> dict[str, Tensor]:
+    try:
+        found = {"step": torch.tensor(float(entry["step"]))}
+        found |= {key: entry[key] for key in ("exp_avg", "exp_inf")}
+    except KeyError as error:
+        raise PublishedCheckpointError(f"its optimizer is not Adamax: {name} has no {error}") from error
+    if any(found[key].shape != parameter.shape for key in ("exp_avg", "exp_inf")):
+        raise PublishedCheckpointError(f"its optimizer state does not fit the parameter {name}")
+    return found
 
 
 Names = Iterator[tuple[str, str]]
