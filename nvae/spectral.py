@@ -37,12 +37,12 @@ class SpectralRegularization(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self._layers: dict[tuple[int, int], list[Conv2d]] = defaultdict(list)
+        self.layers: dict[tuple[int, int], list[Conv2d]] = defaultdict(list)
         for convolution in model.modules():
             if isinstance(convolution, Conv2d):
                 rows = convolution.out_channels
-                self._layers[rows, convolution.weight.numel() // rows].append(convolution)
-        for (rows, columns), layers in self._layers.items():
+                self.layers[rows, convolution.weight.numel() // rows].append(convolution)
+        for (rows, columns), layers in self.layers.items():
             self.register_buffer(f"u_{rows}x{columns}", normalize(torch.randn(len(layers), rows)))
             self.register_buffer(f"v_{rows}x{columns}", normalize(torch.randn(len(layers), columns)))
         self.register_buffer("warm", torch.tensor(False))
@@ -53,7 +53,7 @@ class SpectralRegularization(nn.Module):
         iterations = ITERATIONS if self._is_warm() else FIRST_ITERATIONS
         penalty: Tensor = self.warm.new_zeros((), dtype=torch.float32)
         with full_precision(self.warm.device):
-            for (rows, columns), layers in self._layers.items():
+            for (rows, columns), layers in self.layers.items():
                 weights = torch.stack([layer.effective_weight().flatten(1) for layer in layers])
                 u, v = self.get_buffer(f"u_{rows}x{columns}"), self.get_buffer(f"v_{rows}x{columns}")
                 new_u, new_v = iterate(weights.detach(), u, v, iterations)
