@@ -190,6 +190,16 @@ def read_verified(manifest: Manifest, name: str) -> bytes:
     return data
 
 
+def damaged_files(manifest: Manifest) -> list[str]:
+    """Names of the files that are gone or have another length, without reading any."""
+
+    def is_whole(name: str, entry: FileEntry) -> bool:
+        location = storage.join(manifest.url, name)
+        return storage.exists(location) and storage.size(location) == entry.bytes
+
+    return [name for name, entry in manifest.files.items() if not is_whole(name, entry)]
+
+
 def tensors_to_bytes(tensors: Mapping[str, Tensor]) -> bytes:
     """A safetensors file. The same tensors give the same bytes: no metadata, names in order."""
     on_host = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
