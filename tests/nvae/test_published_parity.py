@@ -36,6 +36,13 @@ from tests.nvae.published_cases import (
     stored,
     summary,
 )
+from tests.nvae.published_training import (
+    compare_batch_norm,
+    compare_gradients,
+    compare_state,
+    compare_step,
+    three_steps,
+)
 
 EVERY_CASE = pytest.mark.parametrize("case", cases())
 ULPS = 5e-7
@@ -352,3 +359,14 @@ def test_prior_samples_are_the_published_ones(case: Case) -> None:
 @EVERY_CASE
 def test_batch_norms_are_re_estimated_as_in_the_published_code(case: Case) -> None:
     assert_all_good(recalibration(case))
+
+
+@EVERY_CASE
+def test_three_resumed_training_steps_are_the_published_ones(case: Case) -> None:
+    steps = three_steps(case)
+    for number, step in enumerate(steps):
+        assert_all_good(compare_step(case, number, step))
+    assert_all_good(compare_gradients(case, steps[0]))
+    assert_all_good(compare_state(case, steps[-1]))
+    if case.meta["num_bn_layers"]:
+        assert_all_good(compare_batch_norm(case, steps[0]))
