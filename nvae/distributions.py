@@ -184,8 +184,9 @@ class LogisticMixtureImage:
         pixels = images.unsqueeze(2)
         red, green, _ = pixels.unbind(1)
         c_red, c_green, c_blue = mixture.coefficients.unbind(1)
-        zero = torch.zeros_like(c_red)
-        shifts = torch.stack([zero, c_red * red, c_green * red + c_blue * green], dim=1)
+        of_green = c_red * red
+        of_blue = c_green * red + c_blue * green
+        shifts = torch.stack([torch.zeros_like(of_green), of_green, of_blue], dim=1)
         deviation = pixels - (mixture.means + shifts)
         log_bin = self._published_log_bin if self.published else self._log_bin
         per_component = log_bin(pixels, deviation, mixture.log_scales).sum(dim=1)
