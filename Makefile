@@ -1,45 +1,65 @@
-# make train   set up, then the main job on the embedded default: portraits -> shards -> training -> registry
-# make test    set up, then lint, types, import contracts and tests
-# make campaign  the long tests: faults, restores, installation from a wheel
+# Everything is installed into .venv, once; a target that has nothing to do takes no time.
 
-PYTHON ?= python3
+PYTHON ?= $(firstword $(foreach name,python3 python3.13 python3.12 python3.11,$(shell \
+  $(name) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $(name))) none)
 BIN := .venv/bin
-S3 := .venv-s3/bin
-# Ray Train's workers and the tests must never report usage or ask a registry for anything.
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
+TORCH_INDEX_OPTION := $(TORCH_INDEX:%=--extra-index-url %)
+
+# Ray and MLflow would report usage.
 export RAY_USAGE_STATS_ENABLED := 0
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: train test lint campaign clean
+.DEFAULT_GOAL := help
+.PHONY: help train test lint campaign clean
 
-train: .venv/installed
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s%s\n", $$1, $$2}' Makefile
+
+train: .venv/installed  ## set up, then the main job: portraits -> shards -> training -> registry
 	$(BIN)/nvae shards build portraits:512 store:portraits256 --image-size 256 --validation-fraction 0.125 --if-missing
 	$(BIN)/nvae train quickstart
 
-test: .venv/installed .venv-s3/installed lint
+test: lint .venv-s3/installed  ## set up, then lint, types, import contracts and tests
 	$(BIN)/python -m pytest
 
-lint: .venv/installed
+lint: .venv/installed  ## style, types and import contracts alone
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/lint-imports
+	$(BIN)/lint-imports --no-logo
 
-campaign: .venv/installed .venv-s3/installed
+campaign: .venv/installed .venv-s3/installed  ## the long tests: faults, restores, installation from a wheel
 	$(BIN)/python -m pytest -m campaign
 
-.venv/installed: pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
+clean:  ## remove what was installed and cached; runs and models in nvae-store stay
+	rm -rf .venv .venv-s3 .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+
+.venv/bin/python:
+	@$(PYTHON) -c '' 2>/dev/null || { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11"; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+
+# The default registry has only CUDA builds of torch for Linux, gigabytes that are of no use
+# without a GPU. So a machine without one must be offered a CPU build (by pip's own settings or
+# by TORCH_INDEX), or is asked before anything is fetched.
+.venv/torch: .venv/bin/python constraints.txt
+	@if [ "$$(uname -s)" = Linux ] && [ -z "$(TORCH_CUDA)" ] \
+	  && ! [ -e /dev/nvidia0 ] && ! command -v nvidia-smi >/dev/null \
+	  && ! $(PIP) index versions torch $(TORCH_INDEX_OPTION) \
+	  | grep -q 'Available.*[ ,]$(TORCH_VERSION)+cpu'; then \
+	  echo "No GPU here, and pip offers no CPU build of torch $(TORCH_VERSION), only gigabytes of CUDA. Give the index"; \
+	  echo "of CPU wheels that PyTorch's installation page names, make TORCH_INDEX=URL, or accept CUDA: make TORCH_CUDA=1"; \
+	  exit 1; fi
+	$(PIP) install --quiet --constraint constraints.txt $(TORCH_INDEX_OPTION) torch
+	touch $@
+
+.venv/installed: .venv/torch pyproject.toml constraints.txt
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
 # A real S3 server for the tests, apart from our own environment.
-.venv-s3/installed:
-	$(PYTHON) -m venv .venv-s3
-	$(S3)/python -m pip install --quiet --upgrade pip
-	$(S3)/python -m pip install --quiet swift==2.38.3
+.venv-s3/installed: .venv/bin/python constraints.txt
+	$(BIN)/python -m venv .venv-s3
+	.venv-s3/bin/python -m pip install --quiet --constraint constraints.txt swift
 	touch $@
-
-clean:
-	rm -rf .venv .venv-s3 .mypy_cache .ruff_cache .pytest_cache .hypothesis
