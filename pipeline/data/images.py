@@ -91,8 +91,8 @@ def prepare(data: bytes | Pixels, image_size: int, channels: int, crop: Crop) ->
         raise RejectedImageError(f"is damaged ({error})") from error
 
 
-def decode(data: bytes, image_size: int, channels: int) -> Pixels:
-    """(H, W, C) pixels of an image that `prepare` stored.
+def decode(data: bytes, image_size: int, channels: int, factor: int = 1) -> Pixels:
+    """(H, W, C) pixels of an image that `prepare` stored, averaged over squares of `factor` pixels.
 
     Raises RejectedImageError if it is damaged or of another size or number of channels.
     """
@@ -102,7 +102,8 @@ def decode(data: bytes, image_size: int, channels: int) -> Pixels:
                 raise RejectedImageError(f"is {image.width}x{image.height}, not {image_size}x{image_size}")
             if image.mode != _mode(channels):
                 raise RejectedImageError(f"has mode {image.mode}, not {_mode(channels)}")
-            pixels: Pixels = np.asarray(image).reshape(image_size, image_size, channels)
+            side = image_size // factor
+            pixels: Pixels = np.asarray(image.reduce(factor)).reshape(side, side, channels)
             return pixels
     except RejectedImageError:
         raise
