@@ -28,6 +28,7 @@ from pipeline.data import plan
 from pipeline.data.images import Pixels, RejectedImageError, decode
 from pipeline.data.index import TRAIN, VALIDATION, Index, ShardError
 from pipeline.data.plan import Integers, Places
+from pipeline.data.plan import default_lanes as default_lanes
 from pipeline.data.reader import PendingSample, Reader
 
 # b images of this rank in one batch; C colours; H = W the model's image size.
@@ -95,6 +96,11 @@ class _Recipe:
         out[:, inner, inner] = pixels
 
 
+def check_fits(config: RunConfig, index: Index) -> None:
+    """Raises ShardError if the data set's images cannot become images of the configured model."""
+    _recipe(config.model, index, ())
+
+
 def training_batches(
     config: RunConfig, index: Index, *, rank: int, world_size: int, start: int, stop: int
 ) -> Generator[Batch, None, None]:
@@ -115,7 +121,7 @@ def training_batches(
         raise ShardError(
             f"train.batch_size is {batch_size}, but there are {world_size} workers: each needs an image."
         )
-    lanes = config.data.lanes or plan.default_lanes(batch_size)
+    lanes = config.data.lanes or default_lanes(batch_size)
     stream = plan.Stream(counts, lanes=lanes, window=config.data.shuffle_window, seed=config.train.seed)
 
     def tasks() -> Iterator[_Task]:
