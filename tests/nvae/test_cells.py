@@ -22,18 +22,18 @@ from tests.nvae.tiny import seeded
 
 # The paper's ablation, in the published names of operations: encoder, decoder, before, after.
 TABLE = """
-res_elu      res_elu,res_elu           res_elu,res_elu         res_elu,res_elu           res_elu,res_elu
-res_bnelu    res_bnelu,res_bnelu       res_bnelu,res_bnelu     res_bnelu,res_bnelu       res_bnelu,res_bnelu
-res_bnswish  res_bnswish,res_bnswish   res_bnswish,res_bnswish res_bnswish,res_bnswish   res_bnswish,res_bnswish
-mbconv_sep   mconv_e6k5g0              mconv_e6k5g0            mconv_e3k5g0              mconv_e3k5g0
-mbconv_sep11 mconv_e6k11g0             mconv_e6k11g0           mconv_e3k5g0              mconv_e3k5g0
-res_mbconv   res_bnswish,res_bnswish   mconv_e6k5g0            res_bnswish,res_bnswish   mconv_e3k5g0
-res53_mbconv res_bnswish5,res_bnswish  mconv_e6k5g0            res_bnswish5,res_bnswish  mconv_e3k5g0
-res35_mbconv res_bnswish,res_bnswish5  mconv_e6k5g0            res_bnswish,res_bnswish5  mconv_e3k5g0
-res55_mbconv res_bnswish5,res_bnswish5 mconv_e6k5g0            res_bnswish5,res_bnswish5 mconv_e3k5g0
-mbconv_res   mconv_e6k5g0              res_bnswish,res_bnswish mconv_e3k5g0              res_bnswish,res_bnswish
-mbconv_den   mconv_e6k5g0              mconv_e6k5g0            mconv_e3k5g8              mconv_e3k5g8
-res_mbconv9  res_bnswish,res_bnswish   mconv_e6k9g0            res_bnswish,res_bnswish   mconv_e3k9g0
+res_elu res_elu,res_elu res_elu,res_elu res_elu,res_elu res_elu,res_elu
+res_bnelu res_bnelu,res_bnelu res_bnelu,res_bnelu res_bnelu,res_bnelu res_bnelu,res_bnelu
+res_bnswish res_bnswish,res_bnswish res_bnswish,res_bnswish res_bnswish,res_bnswish res_bnswish,res_bnswish
+mbconv_sep mconv_e6k5g0 mconv_e6k5g0 mconv_e3k5g0 mconv_e3k5g0
+mbconv_sep11 mconv_e6k11g0 mconv_e6k11g0 mconv_e3k5g0 mconv_e3k5g0
+res_mbconv res_bnswish,res_bnswish mconv_e6k5g0 res_bnswish,res_bnswish mconv_e3k5g0
+res53_mbconv res_bnswish5,res_bnswish mconv_e6k5g0 res_bnswish5,res_bnswish mconv_e3k5g0
+res35_mbconv res_bnswish,res_bnswish5 mconv_e6k5g0 res_bnswish,res_bnswish5 mconv_e3k5g0
+res55_mbconv res_bnswish5,res_bnswish5 mconv_e6k5g0 res_bnswish5,res_bnswish5 mconv_e3k5g0
+mbconv_res mconv_e6k5g0 res_bnswish,res_bnswish mconv_e3k5g0 res_bnswish,res_bnswish
+mbconv_den mconv_e6k5g0 mconv_e6k5g0 mconv_e3k5g8 mconv_e3k5g8
+res_mbconv9 res_bnswish,res_bnswish mconv_e6k9g0 res_bnswish,res_bnswish mconv_e3k9g0
 """
 DIRECTIONS: tuple[Direction, ...] = ("same", "down", "up")
 
