@@ -234,9 +234,9 @@ def _world_size() -> int:
 
 def _gather(mine: Tensor) -> Tensor:
     """(N,) of every rank as (W, N): the one collective of a layer's forward pass."""
-    gathered = mine.new_empty(_world_size(), len(mine))
-    dist.all_gather_into_tensor(gathered, mine)
-    return gathered
+    gathered = [torch.empty_like(mine) for _ in range(_world_size())]
+    dist.all_gather(gathered, mine)
+    return torch.stack(gathered)
 
 
 # --- recomputing whole cells -------------------------------------------------------------------

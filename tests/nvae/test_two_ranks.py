@@ -1,0 +1,134 @@
+"""Two real processes that share a batch make the update of one process that has it all."""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, multiprocessing, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.testing import assert_close
+
+from nvae.distributions import Noise
+from nvae.step import Coefficients, StepSettings, make_ema, make_optimizer, update
+from tests.nvae.tiny import normal_noise, stored_images, tiny_config, tiny_model
+
+UPDATES = 2
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """How a batch of images is shared: the images of each part of each rank, in order."""
+
+    shares: tuple[tuple[tuple[int, ...], ...], ...]
+    model: dict[str, Any] = field(default_factory=dict)
+    weights: tuple[float, ...] = (1.0,) * 5
+    activation_checkpointing: str = "batch_norm"
+    kl: float = 0.3
+    poisoned_image: int | None = None
+    """Its noise is nan."""
+
+    def alone(self) -> "Scenario":
+        """The same parts in one process."""
+        parts = tuple(sum(together, ()) for together in zip(*self.shares, strict=True))
+        return replace(self, shares=(parts,))
+
+
+SCENARIOS = {
+    "flows and balancing": Scenario((((0, 1),), ((2, 3),)), {"flow_pairs": 1}),
+    "shares of unequal size": Scenario((((0,),), ((1, 2, 3, 4),)), weights=(0.0, 1.0, 1.0, 0.0, 1.0)),
+    "a rank whose images do not count": Scenario((((0, 1),), ((2, 3),)), weights=(0, 0, 1, 1, 1), kl=1.0),
+    "cells recomputed": Scenario((((0, 1),), ((2,),)), activation_checkpointing="cells"),
+    "two parts": Scenario((((0,), (1,)), ((2, 3), (4,)))),
+    "not finite on one rank": Scenario((((0, 1),), ((2, 3),)), poisoned_image=3),
+}
+
+
+def noise_of_images(scenario: Scenario, images: tuple[int, ...], number: int) -> Noise:
+    """Every image has its own noise, whoever holds it. Called for one part after the other."""
+    shapes = tiny_config(**scenario.model).latent_shapes
+    eps = [normal_noise(100 * number + group)((5, *shape)).double() for group, shape in enumerate(shapes)]
+    if scenario.poisoned_image is not None:
+        eps[0][scenario.poisoned_image] = torch.nan
+    calls = iter(range(10_000))
+    given = [0] * len(eps)
+
+    def draw(shape: tuple[int, ...]) -> Tensor:
+        group = next(calls) % len(eps)
+        start, given[group] = given[group], given[group] + shape[0]
+        return eps[group][list(images[start : start + shape[0]])]
+
+    return draw
+
+
+def train(scenario: Scenario, rank: int) -> dict[str, Any]:
+    """The updates of one rank: results, and the state after them."""
+    network = tiny_model(**scenario.model).double()
+    network.set_activation_checkpointing(scenario.activation_checkpointing)
+    model: nn.Module = DistributedDataParallel(network) if dist.is_initialized() else network
+    optimizer, ema = make_optimizer(network, 3e-4), make_ema(network, 0.9)
+    parts = scenario.shares[rank]
+    images = tuple(image for part in parts for image in part)
+    results = [
+        update(
+            model,
+            optimizer,
+            stored_images(network.config, 5, seed=number)[list(images)],
+            Coefficients(1e-2, scenario.kl, 0.1),
+            StepSettings(micro_batches=len(parts)),
+            noise=noise_of_images(scenario, images, number),
+            weights=torch.tensor(scenario.weights)[list(images)],
+            ema=ema,
+        )
+        for number in range(UPDATES)
+    ]
+    gradients = {name: p.grad for name, p in network.named_parameters()}
+    return {
+        "results": [vars(result) for result in results],
+        "gradients": gradients,
+        "model": network.state_dict(),
+        "ema": ema.module.state_dict(),
+    }
+
+
+def run_rank(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    found = {name: train(scenario, rank) for name, scenario in SCENARIOS.items()}
+    torch.save(found, Path(folder) / f"{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of two processes found in every scenario."""
+    folder = tmp_path_factory.mktemp("ranks")
+    multiprocessing.spawn(run_rank, args=(str(folder),), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_two_ranks_make_the_update_of_one(two_ranks, name):
+    ours, theirs = two_ranks[0][name], two_ranks[1][name]
+    alone = train(SCENARIOS[name].alone(), rank=0)
+    for first, second, whole in zip(ours["results"], theirs["results"], alone["results"], strict=True):
+        for quantity in ("images", "reconstruction", "kl_per_group"):
+            assert_close(first[quantity] + second[quantity], whole[quantity], equal_nan=True)
+        for quantity in ("loss", "spectral", "batch_norm_scale", "gradient_norm", "finite"):
+            assert_close(first[quantity], whole[quantity], equal_nan=True)
+            assert torch.equal(first[quantity], second[quantity]) or whole[quantity].isnan()
+    for part in ("gradients", "model", "ema"):
+        assert_close(ours[part], alone[part], equal_nan=True, msg=lambda text, part=part: f"{part}: {text}")
+    # The ranks do not drift apart, not even by rounding.
+    assert_close(ours["model"], theirs["model"], rtol=0, atol=0)
+
+
+def test_no_rank_moves_if_one_is_not_finite(two_ranks):
+    untouched = tiny_model().double().state_dict()
+    for rank in two_ranks:
+        found = rank["not finite on one rank"]
+        assert not any(result["finite"] for result in found["results"])
+        assert_close(found["model"], untouched, rtol=0, atol=0)
