@@ -100,20 +100,22 @@ def read_manifest(url: str, *, format: str, version: int) -> Manifest:
 def read_manifest_of(url: str, versions: Mapping[str, int]) -> Manifest:
     """Like `read_manifest`, of any of several formats: `versions` has the latest of each."""
     location = storage.join(url, MANIFEST)
-    if not storage.exists(location):
+    try:
+        size = storage.size(location)
+    except storage.MissingError as error:
         raise ArtifactError(
-            f"{url}: there is no {MANIFEST}. It was never written to its end, or it was deleted, or the "
-            "address is wrong."
-        )
-    if storage.size(location) > MANIFEST_BYTES:
+            f"{storage.shown(url)}: there is no {MANIFEST}. It was never written to its end, or it was "
+            "deleted, or the address is wrong."
+        ) from error
+    if size > MANIFEST_BYTES:
         raise ArtifactError(
-            f"{location}: larger than {MANIFEST_BYTES >> 20} MiB; this was not written by us."
+            f"{storage.shown(location)}: larger than {MANIFEST_BYTES >> 20} MiB; this was not written by us."
         )
     return _parse_manifest(url, storage.read_bytes(location), versions)
 
 
 def _parse_manifest(url: str, text: bytes, versions: Mapping[str, int]) -> Manifest:
-    location = storage.join(url, MANIFEST)
+    location = storage.shown(storage.join(url, MANIFEST))
     try:
         record = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -132,7 +134,7 @@ def _parse_manifest(url: str, text: bytes, versions: Mapping[str, int]) -> Manif
             f"{versions[format]}; install the release that wrote it."
         )
     return Manifest(
-        url=url,
+        url=storage.normalize(url),
         sha256=hashlib.sha256(text).hexdigest(),
         files=_entries(location, record.get("files")),
         fields={key: value for key, value in record.items() if key != "files"},
@@ -167,24 +169,26 @@ def read_verified(manifest: Manifest, name: str) -> bytes:
     Raises ArtifactError if it is not listed, missing, or different from what was written.
     """
     location = storage.join(manifest.url, name)
+    shown = storage.shown(location)
     entry = manifest.files.get(name)
     if entry is None:
         raise ArtifactError(
-            f"{manifest.url}: has no file {name}; it has {', '.join(sorted(manifest.files))}."
+            f"{storage.shown(manifest.url)}: has no file {name}; it has {', '.join(sorted(manifest.files))}."
         )
-    if not storage.exists(location):
-        raise ArtifactError(f"{location}: the file is gone; restore it or use another version.")
-    size = storage.size(location)
+    try:
+        size = storage.size(location)
+    except storage.MissingError as error:
+        raise ArtifactError(f"{shown}: the file is gone; restore it or use another version.") from error
     if size != entry.bytes:
         raise ArtifactError(
-            f"{location}: has {size} bytes, the manifest says {entry.bytes}. The upload was cut short or "
+            f"{shown}: has {size} bytes, the manifest says {entry.bytes}. The upload was cut short or "
             "the file was replaced; restore it or use another version."
         )
     data: bytes = storage.read_bytes(location)
     found = hashlib.sha256(data).hexdigest()
     if found != entry.sha256:
         raise ArtifactError(
-            f"{location}: SHA-256 is {found[:12]}, the manifest says {entry.sha256[:12]}. The file was "
+            f"{shown}: SHA-256 is {found[:12]}, the manifest says {entry.sha256[:12]}. The file was "
             "damaged or replaced; restore it or use another version."
         )
     return data

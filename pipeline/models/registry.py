@@ -1,0 +1,337 @@
+"""The model registry: which models there are, which is the best, and how to get one back.
+
+A registered version is an MLflow model version whose tags hold its identity (versions.py).
+The weights stay in the store; MLflow gets the small files, as artifacts of the run that
+trained the model, and the version's source is `runs:/RUN_ID/model`: a `file://` source is
+refused by a tracking server.
+
+Loading goes from the tags to the manifest to the files, each verified against the one before,
+so neither a changed store nor an artifact of the tracking server can slip in other weights.
+`mlflow.*.load_model` is never called: it executes code that comes with a model.
+
+The alias `best` is moved by a gate and not by whoever came last (`versions.judge`).
+"""
+
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+
+from pipeline import storage
+from pipeline.artifacts import MANIFEST, Manifest, damaged_files, read_manifest, read_verified
+from pipeline.errors import InputError
+from pipeline.models.export import (
+    CONFIG,
+    FORMAT,
+    FORMAT_VERSION,
+    NAME,
+    SAMPLES,
+    WEIGHTS,
+    LoadedModel,
+    RegistryError,
+    check_name,
+    load_directory,
+)
+from pipeline.models.versions import Version, best_of, is_ours, judge, parse_version, version_tags
+
+BEST = "best"
+
+_PASSED = "best.passed"
+_REFERENCE = re.compile(r"models:/(?P<name>[^/@:]+)(?:@(?P<alias>[A-Za-z0-9_.-]+)|/(?P<version>[0-9]{1,9}))")
+# MLflow's own patience with a server that is down is four minutes for each call.
+_PATIENCE = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+}
+
+
+@dataclass(frozen=True)
+class Registration:
+    """A registered version, and what became of the alias `best`."""
+
+    version: Version
+    is_best: bool
+    verdict: str
+    """A sentence: whether the version is the best one now, and why (not)."""
+
+
+def load(ref: str, tracking_uri: str) -> LoadedModel:
+    """The model that `ref` names, in eval mode on the CPU; every file verified.
+
+    `ref` is models:/NAME@ALIAS, models:/NAME/VERSION, or the path or URL of an export or of a
+    training checkpoint; for these two MLflow is not asked. Raises RegistryError for every
+    reason why there is no such model or why it cannot be trusted.
+    """
+    if not ref.startswith("models:"):
+        return load_directory(ref)
+    version = Registry(tracking_uri).find(ref)
+    loaded = load_directory(version.url, ref, version.manifest_sha256)
+    found = loaded.manifest.files[WEIGHTS].sha256
+    if found != version.weights_sha256:
+        raise RegistryError(
+            f"{ref}: the tag weights.sha256 is {version.weights_sha256[:12]}, the weights in "
+            f"{storage.shown(version.url)} have {found[:12]}. Somebody changed the tag; register again."
+        )
+    return loaded
+
+
+class Registry:
+    """The registered models of one MLflow: a database (`sqlite:///...`) or a server.
+
+    Every method raises RegistryError if MLflow cannot be reached or refuses.
+    """
+
+    def __init__(self, tracking_uri: str) -> None:
+        for variable, value in _PATIENCE.items():
+            os.environ.setdefault(variable, value)
+        _refuse_missing_database(tracking_uri)
+        self.tracking_uri = tracking_uri
+        with self._asking():
+            self._client = MlflowClient(tracking_uri=tracking_uri, registry_uri=tracking_uri)
+
+    # -- looking up -----------------------------------------------------------------------
+
+    def names(self) -> list[str]:
+        """Every registered model, in alphabetical order."""
+        with self._asking():
+            models = list(_pages(self._client.search_registered_models, max_results=1000))
+        return sorted(model.name for model in models if NAME.fullmatch(model.name))
+
+    def versions(self, name: str) -> list[Version]:
+        """The versions of one model that were registered by this project, the newest first.
+
+        Raises RegistryError if there is no such model.
+        """
+        return self._search(name, self._aliases(name))
+
+    def find(self, ref: str) -> Version:
+        """The version that models:/NAME@ALIAS or models:/NAME/VERSION means.
+
+        Raises RegistryError if there is none, with what there is instead.
+        """
+        match = _REFERENCE.fullmatch(ref)
+        if match is None:
+            raise RegistryError(f"{ref!r} names no model; write models:/NAME@ALIAS or models:/NAME/VERSION.")
+        name, alias = match["name"], match["alias"]
+        aliases = self._aliases(name)
+        if alias is None:
+            return self._get(name, match["version"], aliases)
+        if alias not in aliases:
+            known = ", ".join(sorted(aliases)) or "none"
+            raise RegistryError(
+                f"{name} has no alias {alias!r}; its aliases: {known}.{_suggestion(alias, list(aliases))}"
+            )
+        return self._get(name, aliases[alias], aliases)
+
+    def _aliases(self, name: str) -> dict[str, str]:
+        """Alias -> version of one model. Only the model has them: a search finds versions without.
+
+        Version numbers are int from a database and str from a server; here they are str.
+        Raises RegistryError if there is no such model.
+        """
+        check_name(name)
+        model = self._unless_missing(lambda: self._client.get_registered_model(name))
+        if model is None:
+            names = self.names()
+            raise RegistryError(
+                f"There is no registered model {name!r} in {storage.shown(self.tracking_uri)}. Models there: "
+                f"{', '.join(names[:20]) or 'none'}.{_suggestion(name, names)}"
+            )
+        return {alias: str(version) for alias, version in model.aliases.items()}
+
+    def _get(self, name: str, number: str, aliases: Mapping[str, str]) -> Version:
+        found = self._unless_missing(lambda: self._client.get_model_version(name, number))
+        if found is None:
+            newest = ", ".join(version.version for version in self.versions(name)[:10]) or "none"
+            raise RegistryError(f"{name} has no version {number}; the newest: {newest}.")
+        if not is_ours(found.tags):
+            raise RegistryError(
+                f"models:/{name}/{number} was not registered by nvae: its tags do not say where weights lie. "
+                "Use what registered it to load it."
+            )
+        return _parse(found, aliases)
+
+    def _search(self, name: str, aliases: Mapping[str, str], condition: str = "") -> list[Version]:
+        """Our versions of one model, which exists, that have all these tags; newest first."""
+        filter_string = f"name = '{name}'{condition}"
+        with self._asking():
+            found = list(_pages(self._client.search_model_versions, filter_string, max_results=10_000))
+        versions = [_parse(version, aliases) for version in found if is_ours(version.tags)]
+        return sorted(versions, key=lambda version: int(version.version), reverse=True)
+
+    # -- registering ----------------------------------------------------------------------
+
+    def register(self, url: str, name: str) -> Registration:
+        """Registers the export in the folder `url` as a version of `name`, and judges it.
+
+        The same weights under the same name are one version, which is returned again, so
+        that a registration that was interrupted can be repeated. Raises RegistryError if a
+        file of the export is gone or cut short.
+        """
+        check_name(name)
+        try:
+            manifest = read_manifest(url, format=FORMAT, version=FORMAT_VERSION)
+            damaged = damaged_files(manifest)
+            if damaged:
+                raise RegistryError(f"{', '.join(damaged)} is gone or cut short; export the model again.")
+            self._create_model(name)
+            version = self._same_weights(name, manifest) or self._create_version(name, manifest)
+        except InputError as error:
+            raise RegistryError(f"{storage.shown(url)} cannot be registered. {error}") from error
+        return self._contend(version)
+
+    def _create_model(self, name: str) -> None:
+        with self._asking():
+            try:
+                self._client.create_registered_model(name)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+
+    def _same_weights(self, name: str, manifest: Manifest) -> Version | None:
+        condition = f" and tags.`weights.sha256` = '{manifest.files[WEIGHTS].sha256}'"
+        found = self._search(name, self._aliases(name), condition)
+        return found[-1] if found else None
+
+    def _create_version(self, name: str, manifest: Manifest) -> Version:
+        run_id = str(manifest.fields["run_id"])
+        # A temporary directory is readable by this user alone.
+        with self._asking(), tempfile.TemporaryDirectory(prefix="nvae-register-") as folder:
+            for file in (CONFIG, SAMPLES):
+                (Path(folder) / file).write_bytes(read_verified(manifest, file))
+            (Path(folder) / MANIFEST).write_bytes(storage.read_bytes(storage.join(manifest.url, MANIFEST)))
+            self._client.log_artifacts(run_id, folder, "model")
+            created = self._client.create_model_version(
+                name,
+                f"runs:/{run_id}/model",
+                run_id=run_id,
+                tags=version_tags(manifest, WEIGHTS),
+                await_creation_for=0,
+            )
+        return _parse(created, {})
+
+    # -- the alias `best` -----------------------------------------------------------------
+
+    def _contend(self, candidate: Version) -> Registration:
+        """Gives `candidate` the alias `best` if the gate lets it."""
+        aliases = self._aliases(candidate.name)
+        holder = self._get(candidate.name, aliases[BEST], aliases) if BEST in aliases else None
+        passes, reason = judge(candidate, holder)
+        if passes and (holder is None or holder.version != candidate.version):
+            winner = self._crown(candidate)
+            if winner.version != candidate.version:
+                passes, reason = judge(candidate, winner)
+        version = self.find(candidate.ref)
+        return Registration(
+            version, passes, f"{version.ref} is {'' if passes else 'not '}the best: {reason}."
+        )
+
+    def _crown(self, candidate: Version) -> Version:
+        """Moves `best` to `candidate`, or to a better one that came at the same moment; the winner.
+
+        MLflow cannot compare and swap. So whoever passes the gate is marked before it takes
+        the alias, and whoever took the alias looks at the marks afterwards and hands it on to
+        the best. Of several at once, the one that moves it last has seen the marks of all.
+        """
+        name, winner = candidate.name, candidate
+        with self._asking():
+            self._client.set_model_version_tag(name, candidate.version, _PASSED, "true")
+        while True:
+            self._move_best(winner)
+            passed = self._search(name, {}, f" and tags.`{_PASSED}` = 'true'")
+            best = best_of(version for version in passed if version.data_hash == candidate.data_hash)
+            if best is None or best.score >= winner.score:
+                return winner
+            winner = best
+
+    def _move_best(self, version: Version) -> None:
+        with self._asking():
+            try:
+                self._client.set_registered_model_alias(version.name, BEST, version.version)
+            except MlflowException:
+                # Of two that create the alias at once, the database refuses one; now it is there.
+                self._client.set_registered_model_alias(version.name, BEST, version.version)
+
+    # -- MLflow's failures ----------------------------------------------------------------
+
+    @contextmanager
+    def _asking(self) -> Iterator[None]:
+        """Turns MLflow's failures into one message that names the address and the remedy."""
+        try:
+            yield
+        except InputError:
+            raise
+        except Exception as error:
+            # MLflow lets the exceptions of its database library through; that library is no
+            # dependency of ours, so its types cannot be named here.
+            foreign = type(error).__module__.startswith("sqlalchemy.")
+            if not foreign and not isinstance(error, MlflowException | OSError | ImportError):
+                raise
+            # MLflow quotes the address, and a password in it would be in the traceback.
+            raise self._failure(error) from (None if "@" in self.tracking_uri else error)
+
+    def _failure(self, error: Exception) -> RegistryError:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        reason = reason.replace(self.tracking_uri, storage.shown(self.tracking_uri))[:300]
+        return RegistryError(
+            f"MLflow at {storage.shown(self.tracking_uri)} cannot be used: {reason}\nCheck the address "
+            "(--tracking or MLFLOW_TRACKING_URI), that the server runs, and that you may write there."
+        )
+
+    def _unless_missing(self, ask: Callable[[], Any]) -> Any | None:
+        """`ask()`, or None if MLflow answers that there is no such thing."""
+        with self._asking():
+            try:
+                return ask()
+            except MlflowException as error:
+                if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                    return None
+                raise
+
+
+def _pages(search: Callable[..., Any], *arguments: Any, max_results: int) -> Iterator[Any]:
+    """Everything that a paged MLflow search finds."""
+    token = None
+    while True:
+        page = search(*arguments, max_results=max_results, page_token=token)
+        yield from page
+        token = page.token
+        if not token:
+            return
+
+
+def _parse(version: Any, aliases: Mapping[str, str]) -> Version:
+    """Our view of MLflow's ModelVersion."""
+    return parse_version(
+        name=version.name,
+        version=str(version.version),
+        created=datetime.fromtimestamp(version.creation_timestamp / 1000, UTC).isoformat(timespec="seconds"),
+        run_id=version.run_id or "",
+        tags=version.tags,
+        aliases=aliases,
+    )
+
+
+def _suggestion(given: str, known: list[str]) -> str:
+    close = get_close_matches(given, known, n=1)
+    return f" Did you mean {close[0]}?" if close else ""
+
+
+def _refuse_missing_database(tracking_uri: str) -> None:
+    """MLflow would create an empty database where an address is misspelt."""
+    scheme, _, path = tracking_uri.partition(":///")
+    if scheme == "sqlite" and not Path(path.partition("?")[0]).is_file():
+        raise RegistryError(
+            f"There is no MLflow database at {path}. The first training creates it; check --tracking, "
+            "--store or MLFLOW_TRACKING_URI."
+        )
