@@ -62,7 +62,7 @@ def write(value: Any) -> str:
 
 def _entries(loader: "_Loader", node: yaml.Node, path: str, line: int) -> Iterator[Entry]:
     if not isinstance(node, yaml.MappingNode) or (path and not node.value):
-        yield Entry(path, loader.construct_object(node, deep=True), line)  # type: ignore[no-untyped-call]
+        yield Entry(path, loader.construct_object(node, deep=True), line)
         return
     for key, value in node.value:
         key_line = key.start_mark.line + 1
@@ -77,7 +77,7 @@ class _Loader(yaml.SafeLoader):
     depth = 0
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        event = self.peek_event()
+        event = self.peek_event()  # type: ignore[no-untyped-call]
         if isinstance(event, yaml.AliasEvent) or event.anchor:
             raise yaml.composer.ComposerError(
                 None, None, "anchors and aliases are not supported; write the value out", event.start_mark

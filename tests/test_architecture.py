@@ -24,9 +24,9 @@ TESTS = sorted((ROOT / "tests").rglob("*.py"))
 
 # Who may import an outside library: files, or folders with all that is in them.
 DOORS = {
-    "click": ["cluster/cli.py"],
+    "click": ["cluster/"],
     "fsspec": ["pipeline/storage.py"],
-    "mlflow": ["pipeline/training/tracking.py", "pipeline/models/registry.py", "pipeline/run.py"],
+    "mlflow": ["pipeline/training/delivery.py", "pipeline/models/registry.py"],
     "pydantic": ["pipeline/config.py"],
     "ray": ["cluster/"],
     "rich": ["pipeline/progress.py"],
@@ -81,7 +81,7 @@ def test_the_model_needs_nothing_but_torch():
 
 def test_nothing_that_can_run_code_is_loaded():
     """No pickle and no shell; published checkpoints are read by their own rules, in one file."""
-    runs_code = r"(?<![.\w])(eval|exec)\(|torch\.load\(|\.load_model\(|\.extractall\(|shell=True"
+    runs_code = r"(?<![.\w])(eval|exec)\(|(?<![.\w])torch\.load\(|\.load_model\(|\.extractall\(|shell=True"
     others = [file for file in SOURCES if name_of(file) != "nvae/published.py"]
     assert [name_of(file) for file in others if re.search(runs_code, file.read_text())] == []
     assert [name_of(file) for file in others if "pickle" in imported(file)] == []

@@ -1,0 +1,72 @@
+"""What an installation holds, and what it can do where there is nothing else."""
+
+import json
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from hatchling.builders.wheel import WheelBuilder
+
+from pipeline.config_file import from_mapping, load
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    return Path(next(WheelBuilder(str(ROOT)).build(directory=str(folder), versions=["standard"])))
+
+
+def test_a_wheel_holds_the_packages_and_the_presets_and_nothing_else(wheel):
+    installed = ["nvae", "pipeline", "cluster", "configs"]
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", *installed],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    files = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    assert files == {name for name in listed.stdout.splitlines() if (ROOT / name).exists()}
+
+
+def test_models_are_found_and_sampled_without_ray_and_webdataset():
+    code = (
+        "import sys; sys.modules['ray'] = sys.modules['webdataset'] = None\n"
+        "import cluster.cli, pipeline.config_file, pipeline.models.registry, pipeline.models.sampling"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+@pytest.mark.campaign
+def test_the_command_works_from_a_wheel_in_an_empty_environment(wheel, tmp_path):
+    """Installed without extras, run from an empty folder."""
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    commands = tmp_path / "venv" / "bin"
+    install = [
+        commands / "python",
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--constraint",
+        ROOT / "constraints.txt",
+    ]
+    subprocess.run([*install, wheel], check=True)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+
+    def nvae(*arguments: str) -> str:
+        answer = subprocess.run(
+            [commands / "nvae", *arguments], cwd=empty, capture_output=True, text=True, check=True
+        )
+        return answer.stdout
+
+    assert "Usage: nvae" in nvae("--help")
+    assert from_mapping(json.loads(nvae("config", "show", "quickstart", "--json"))) == load("quickstart")
+    assert json.loads(nvae("registry", "list", "--json")) == []
+    without_ray = subprocess.run([commands / "python", "-c", "import ray"], cwd=empty, capture_output=True)
+    assert without_ray.returncode, "ray came along, although no extra was asked for"
