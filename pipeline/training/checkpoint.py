@@ -5,7 +5,7 @@ RUN/checkpoints/
     model.safetensors  ema.safetensors  optimizer.safetensors
     manifest.json       format, record (configuration and all state that is no tensor),
                         length and SHA-256 of every file; written last
-  attempt-003           the claim of the third launch
+  attempt-003-1f2e3d4c  the claim of the third launch
 
 A training step is delayed by one copy to host memory; one background thread writes and
 uploads. Each launch claims the next attempt and writes directories of its own, so a writer
@@ -21,6 +21,7 @@ single checkpoint in place (a kill loses both), pickled optimizer state.
 import json
 import logging
 import math
+import random
 import re
 import time
 import uuid
@@ -49,11 +50,14 @@ from pipeline.errors import InputError
 
 FORMAT = "nvae-checkpoint"
 FORMAT_VERSION = 1
+BEST_METRIC = "validation/bits_per_dim"
+"""What is lowest at the best checkpoint."""
 
 _DIRECTORY = re.compile(r"(?P<images>\d{12})-(?P<attempt>\d{3,9})")
-_CLAIM = re.compile(r"attempt-(?P<attempt>\d{3,9})")
-# How often `newest` lists the directory again because what it was reading has been deleted.
-_LISTINGS = 5
+_CLAIM = re.compile(r"attempt-(?P<attempt>\d{3,9})-[0-9a-f]{8}")
+# The run's writer may commit one checkpoint and delete another while `newest` looks at them in
+# turn, so it looks again until it finds the same twice.
+_PASSES = 10
 
 logger = logging.getLogger(__name__)
 
@@ -131,34 +135,68 @@ def newest(run_url: str) -> Checkpoint | None:
     begin again from noise must be the user's decision. Raises NewerFormatError rather than
     going back behind the checkpoint of a later release.
     """
-    for _ in range(_LISTINGS):
-        candidates = _directories(run_url)
-        for candidate in candidates:
+    passed_over: dict[_Directory, str] = {}
+    intact: dict[_Directory, Checkpoint] = {}
+    found = None
+    for _ in range(_PASSES):
+        before, passed_over, found = passed_over, {}, None
+        for directory in _directories(run_url):
             try:
-                return _verified(candidate.url)
+                found = intact.get(directory) or _verified(directory.url)
             except NewerFormatError:
                 raise
             except ArtifactError as error:
-                logger.warning("checkpoint passed over: %s", error)
-        if candidates == _directories(run_url):
+                passed_over[directory] = str(error)
+            else:
+                intact[directory] = found
+                break
+        if not passed_over or passed_over == before:
             break
-        # The run's writer deleted what was being read; by then it had written something newer.
-    damaged = [c.url for c in candidates if storage.exists(storage.join(c.url, MANIFEST))]
-    if damaged:
+    for reason in passed_over.values():
+        logger.warning("checkpoint passed over: %s", reason)
+    damaged = [d for d in passed_over if storage.exists(storage.join(d.url, MANIFEST))]
+    if found is None and damaged:
         raise CheckpointError(
             f"{_folder(run_url)}: none of its {len(damaged)} checkpoints is intact (the log says what is "
             "wrong with each). Restore one of them, or delete them all to train from the beginning."
         )
-    return None
+    return found
+
+
+def open_attempt(run_url: str, images_seen: int, attempt: int) -> Checkpoint:
+    """The checkpoint that this attempt wrote at this point. Raises like `open_checkpoint`."""
+    return open_checkpoint(storage.join(_folder(run_url), f"{images_seen:012d}-{attempt:03d}"))
+
+
+def checkpoints(run_url: str) -> list[Checkpoint]:
+    """The checkpoints of a run whose manifests are in order, newest first; files unread."""
+    found = []
+    for directory in _directories(run_url):
+        try:
+            found.append(open_checkpoint(directory.url))
+        except ArtifactError:
+            continue  # `newest` says what is wrong with it.
+    return found
+
+
+def best(run_url: str, metric: str = BEST_METRIC) -> Checkpoint | None:
+    """The intact checkpoint with the lowest `metric`; the newest one where none was measured."""
+    measured = [c for c in checkpoints(run_url) if c.metrics.get(metric) is not None]
+    for checkpoint in sorted(measured, key=lambda c: c.metrics[metric] or 0.0):
+        try:
+            checkpoint.verify()
+            return checkpoint
+        except ArtifactError as error:
+            logger.warning("checkpoint passed over: %s", error)
+    return newest(run_url)
 
 
 def _verified(url: str) -> Checkpoint:
     try:
         checkpoint = open_checkpoint(url)
         checkpoint.verify()
-    except storage.StoreError as error:
-        if storage.exists(storage.join(url, MANIFEST)):
-            raise
+    except storage.MissingError as error:
+        # Between the question whether it exists and the reading.
         raise ArtifactError(f"{url}: was deleted while it was being read.") from error
     return checkpoint
 
@@ -201,16 +239,18 @@ def _claims(run_url: str) -> list[int]:
 def claim_attempt(run_url: str) -> int:
     """Begins the next attempt at a run and returns its number, 1 for the first.
 
-    From then on writers of earlier attempts neither commit nor delete. Of two launches that
-    claim the same number at once, the later writer has it and the other takes the next.
+    From then on writers of earlier attempts neither commit nor delete. Numbers may be left
+    out: whoever sees a second claim to its number, after writing its own, takes a later one.
+    Of two that claimed the same, at least one sees the other, so they never share it.
     """
-    claim = uuid.uuid4().hex.encode()
+    owner = uuid.uuid4().hex[:8]
     while True:
         attempt = max(_claims(run_url), default=0) + 1
-        url = storage.join(_folder(run_url), f"attempt-{attempt:03d}")
-        storage.write_bytes(url, claim)
-        if storage.read_bytes(url) == claim:
+        storage.write_bytes(storage.join(_folder(run_url), f"attempt-{attempt:03d}-{owner}"), b"")
+        if _claims(run_url).count(attempt) == 1:
             return attempt
+        # Without chance two that keep step would see each other for ever.
+        time.sleep(random.uniform(0, 0.1))
 
 
 class CheckpointWriter:
@@ -226,7 +266,7 @@ class CheckpointWriter:
         attempt: int,
         keep: int,
         *,
-        best_metric: str = "validation/bits_per_dim",
+        best_metric: str = BEST_METRIC,
         before_commit: Callable[[], object] | None = None,
     ) -> None:
         """Reads the manifests of the checkpoints that are there.
