@@ -1,0 +1,211 @@
+import math
+import re
+import threading
+from collections.abc import Iterator
+from itertools import count
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from nvae.config import NVAEConfig
+from nvae.step import Coefficients, StepResult
+from pipeline.training.metrics import NAMES, Metrics
+from pipeline.training.worker import LocalWorker
+
+CONFIG = NVAEConfig(image_size=8, groups_per_scale=(2,), preprocess_blocks=1)
+COEFFICIENTS = Coefficients(learning_rate=0.01, kl=0.5, spectral=0.1)
+CPU = torch.device("cpu")
+
+
+def step(
+    images: float = 4.0,
+    reconstruction: float = 100.0,
+    kl: tuple[float, ...] = (1.0, 2.0),
+    loss: float = 30.0,
+    finite: bool = True,
+) -> StepResult:
+    """An update whose `reconstruction` and `kl` are sums over `images` images."""
+    return StepResult(
+        images=torch.tensor(images),
+        reconstruction=torch.tensor(reconstruction),
+        kl_per_group=torch.tensor(kl),
+        loss=torch.tensor(loss),
+        spectral=torch.tensor(5.0),
+        batch_norm_scale=torch.tensor(6.0),
+        gradient_norm=torch.tensor(7.0),
+        finite=torch.tensor(finite),
+    )
+
+
+def ticking(seconds: float = 1.0) -> Iterator[float]:
+    return (seconds * ticks for ticks in count())
+
+
+def local(clock: Iterator[float] | None = None) -> Metrics:
+    return Metrics(LocalWorker(CPU), CONFIG, clock=(clock or ticking()).__next__)
+
+
+class ThreadWorker(LocalWorker):
+    """One of two ranks, each a thread, whose sums meet in a list."""
+
+    world_size = 2
+
+    def __init__(self, rank: int, shared: list[Tensor], meeting: threading.Barrier) -> None:
+        super().__init__(CPU)
+        self.rank, self._shared, self._meeting = rank, shared, meeting
+        self.all_reduces = 0
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        self.all_reduces += 1
+        self._shared[self.rank] = tensor.clone()
+        self._meeting.wait()
+        total = self._shared[0] + self._shared[1]
+        self._meeting.wait()
+        return tensor.copy_(total)
+
+
+def on_two_ranks(per_rank: list[list[StepResult]]) -> list[dict[str, float]]:
+    shared, meeting = [torch.empty(0)] * 2, threading.Barrier(2)
+    workers = [ThreadWorker(rank, shared, meeting) for rank in range(2)]
+    results: list[dict[str, float]] = [{}, {}]
+
+    def run(worker: ThreadWorker) -> None:
+        metrics = Metrics(worker, CONFIG, clock=ticking().__next__)
+        for result in per_rank[worker.rank]:
+            metrics.add(result, COEFFICIENTS, wait_seconds=0.25)
+        results[worker.rank] = metrics.reduce()
+
+    threads = [threading.Thread(target=run, args=(worker,)) for worker in workers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [worker.all_reduces for worker in workers] == [1, 1]
+    return results
+
+
+def test_every_number_of_an_interval_is_what_was_put_in() -> None:
+    metrics = local()
+    metrics.add(step(images=4, reconstruction=100, kl=(1, 2), loss=30), COEFFICIENTS, wait_seconds=0.25)
+    metrics.add(step(images=6, reconstruction=200, kl=(3, 4), loss=40), COEFFICIENTS, wait_seconds=0.25)
+    found = metrics.reduce()
+    assert found == pytest.approx(
+        {
+            "train/reconstruction_nats": 30.0,
+            "train/kl_nats": 1.0,
+            "train/kl_nats/group_00": 0.4,
+            "train/kl_nats/group_01": 0.6,
+            "train/nelbo_nats": 31.0,
+            "train/bits_per_dim": 31.0 / math.log(2) / (3 * 8 * 8),
+            "train/loss": 35.0,
+            "train/spectral_penalty": 5.0,
+            "train/batch_norm_penalty": 6.0,
+            "train/gradient_norm": 7.0,
+            "train/skipped_updates": 0.0,
+            "train/skipped_fraction": 0.0,
+            "schedule/learning_rate": 0.01,
+            "schedule/kl_coefficient": 0.5,
+            "schedule/spectral_coefficient": 0.1,
+            "speed/images_per_second": 10.0,
+            "speed/seconds_per_step": 0.5,
+            "data/wait_seconds": 0.5,
+            "data/wait_fraction": 0.5,
+        }
+    )
+
+
+updates = st.builds(
+    step,
+    images=st.floats(0, 9),
+    reconstruction=st.floats(-50, 900),
+    kl=st.tuples(st.floats(0, 9), st.floats(0, 9)),
+    loss=st.floats(0, 99),
+)
+
+
+@settings(max_examples=50, deadline=None)
+@given(pairs=st.lists(st.tuples(updates, updates), min_size=1, max_size=4))
+def test_means_are_over_the_images_of_all_ranks_however_these_are_shared(
+    pairs: list[tuple[StepResult, StepResult]],
+) -> None:
+    both = [result for pair in pairs for result in pair]
+    images = sum(float(result.images) for result in both)
+    assume(images > 0.1)
+    found, same = on_two_ranks([[first for first, _ in pairs], [second for _, second in pairs]])
+    assert found == same
+    assert found["train/nelbo_nats"] == pytest.approx(sum(float(r.nelbo) for r in both) / images, rel=1e-5)
+    assert found["train/loss"] == pytest.approx(sum(float(r.loss) for r in both) / len(both), rel=1e-5)
+
+
+def test_speed_counts_the_images_of_all_ranks_and_the_seconds_of_one() -> None:
+    found = on_two_ranks([[step(images=4)] * 2, [step(images=6)] * 2])[0]
+    assert found["speed/images_per_second"] == pytest.approx(20.0)
+    assert found["speed/seconds_per_step"] == pytest.approx(0.5)
+    assert found["data/wait_seconds"] == pytest.approx(0.5)
+    assert found["data/wait_fraction"] == pytest.approx(0.5)
+
+
+def test_a_skipped_update_is_counted_and_does_not_spoil_the_means() -> None:
+    metrics = local()
+    metrics.add(step(), COEFFICIENTS, 0.0)
+    bad = math.nan
+    metrics.add(step(reconstruction=bad, kl=(bad, math.inf), loss=bad, finite=False), COEFFICIENTS, 0.0)
+    found = metrics.reduce()
+    assert found["train/skipped_updates"] == 1
+    assert found["train/skipped_fraction"] == 0.5
+    assert found["train/nelbo_nats"] == pytest.approx(25.75)
+    assert found["speed/images_per_second"] == pytest.approx(8.0)
+
+
+def test_an_interval_of_skipped_updates_alone_is_nan_and_says_so() -> None:
+    metrics = local()
+    metrics.add(step(finite=False), COEFFICIENTS, 0.0)
+    found = metrics.reduce()
+    assert found["train/skipped_fraction"] == 1.0
+    assert math.isnan(found["train/nelbo_nats"])
+    assert found["speed/images_per_second"] == pytest.approx(4.0)
+
+
+def test_an_interval_begins_where_the_one_before_was_reduced() -> None:
+    metrics = local()
+    metrics.add(step(reconstruction=4_000_000), COEFFICIENTS, 9.0)
+    metrics.reduce()
+    metrics.add(step(), COEFFICIENTS, 0.5)
+    found = metrics.reduce()
+    assert found["train/reconstruction_nats"] == pytest.approx(25.0)
+    assert found["data/wait_seconds"] == pytest.approx(0.5)
+
+
+def test_an_evaluation_does_not_count_as_training_time() -> None:
+    metrics = local()  # The clock moves by one second whenever it is asked.
+    metrics.add(step(), COEFFICIENTS, 0.0)
+    with metrics.paused():
+        pass
+    assert metrics.reduce()["speed/seconds_per_step"] == pytest.approx(3 - 1)
+
+
+def test_small_terms_survive_in_a_long_interval() -> None:
+    metrics = local()
+    for _ in range(2000):
+        metrics.add(step(images=1, reconstruction=20_000.25), COEFFICIENTS, 0.0)
+    assert metrics.reduce()["train/reconstruction_nats"] == pytest.approx(20_000.25, abs=1e-9)
+
+
+def test_every_name_is_described_and_mlflow_allows_it() -> None:
+    metrics = local()
+    metrics.add(step(), COEFFICIENTS, 0.0)
+    found = {re.sub(r"group_\d\d$", "group_00", name) for name in metrics.reduce()}
+    assert found == set(NAMES)
+    assert all(re.fullmatch(r"[\w./ -]+", name) for name in NAMES)
+
+
+def test_nothing_but_the_reduction_reads_from_the_device() -> None:
+    # A meta tensor has no value: reading one raises.
+    on_meta = {name: value.to("meta") for name, value in vars(step()).items()}
+    metrics = local()
+    metrics.add(StepResult(**on_meta), COEFFICIENTS, 0.0)
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        metrics.reduce()
