@@ -1,0 +1,267 @@
+"""The journal: every point, picture and tag of a run's curves, on disk before anywhere else.
+
+RUN/journal/003-00000.jsonl     a segment: what the third attempt noted, one JSON object a line
+RUN/pictures/, RUN/files/       pictures and files that the lines name
+
+A line is complete or it is ignored; its time is fixed when it is noted, so that sending it
+twice to MLflow stores it once. On a local store the segments are written in place. On any
+other they are written to a private folder of this machine and copied every few seconds,
+whole, because objects cannot grow; segments are short to keep that cheap. `durable` lines
+are those that the store has: only they are delivered, since a line that MLflow has and the
+store has not would be noted again, at another time, by a successor on another machine.
+
+Rejected: one growing file (a copy of everything every few seconds), and MLflow's own
+asynchronous logging (measured: it drops what fails after its retries).
+"""
+
+import json
+import logging
+import math
+import os
+import re
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+from pipeline import storage
+
+Kind = Literal["metrics", "artifact", "tag", "status"]
+
+_FIELDS = {"artifact": ("path", "folder"), "tag": ("key", "value"), "status": ("value",)}
+
+SEGMENT_BYTES = 256 << 10
+COPY_SECONDS = 3.0
+
+_SEGMENT = re.compile(r"(?P<attempt>\d{3,9})-(?P<number>\d{5,9})\.jsonl")
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of the journal."""
+
+    kind: Kind
+    time: int
+    """Milliseconds since the epoch, when it was noted."""
+    body: Mapping[str, Any]
+    """metrics: at (images seen), values; artifact: path below the run's folder, folder in MLflow;
+    tag: key, value; status: value."""
+
+
+def encode(entry: Entry) -> bytes:
+    """The line of an entry. Numbers that JSON lacks are written as "nan", "inf", "-inf"."""
+    record = {"kind": entry.kind, "time": entry.time, **entry.body}
+    return json.dumps(record, separators=(",", ":"), allow_nan=False).encode() + b"\n"
+
+
+def json_number(value: float) -> float | str:
+    """A number as JSON can hold it; `float` turns it back."""
+    return value if math.isfinite(value) else str(value)
+
+
+def decode(data: bytes) -> Iterator[Entry]:
+    """The entries in the complete lines of `data`; a damaged line is a warning.
+
+    Only a disk that was full, or somebody's editor, damages a line that has an end.
+    """
+    for line in data[: complete(data)].splitlines():
+        try:
+            record = json.loads(line)
+            kind, moment = record.pop("kind"), int(record.pop("time"))
+            if kind == "metrics":
+                record = {
+                    "at": int(record["at"]),
+                    "values": {name: float(value) for name, value in record["values"].items()},
+                }
+            elif not all(isinstance(record[field], str) for field in _FIELDS[kind]):
+                raise TypeError(f"fields of {kind}")
+            yield Entry(kind, moment, record)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            logger.warning("a damaged line of the journal is left out: %r", line[:80])
+
+
+def complete(data: bytes) -> int:
+    """Length of the complete lines of `data`, in bytes."""
+    return data.rfind(b"\n") + 1
+
+
+class StoredJournal:
+    """The journal of a run as the store has it."""
+
+    def __init__(self, run_url: str) -> None:
+        self.run_url = storage.normalize(run_url)
+
+    def segments(self) -> list[str]:
+        """Names of the segments, in the order in which they were noted."""
+        names = storage.list_dir(storage.join(self.run_url, "journal"))
+        return sorted((n for n in names if _SEGMENT.fullmatch(n)), key=_order)
+
+    def read(self, segment: str) -> bytes:
+        """What the store has of a segment. Raises StoreError if it cannot be read."""
+        return storage.read_bytes(storage.join(self.run_url, "journal", segment))
+
+    def read_file(self, path: str) -> bytes:
+        """A picture or file that an entry names. Raises StoreError if it cannot be read."""
+        return storage.read_bytes(storage.join(self.run_url, path))
+
+
+def _order(segment: str) -> tuple[int, int]:
+    attempt, number = segment.removesuffix(".jsonl").split("-")
+    return int(attempt), int(number)
+
+
+class Journal(StoredJournal):
+    """The journal of a run, with the attempt that notes in it.
+
+    Noting, attaching and copying never raise for a full disk or a store that is away: the
+    log says so once and training goes on.
+    """
+
+    def __init__(self, run_url: str, attempt: int, copy_seconds: float = COPY_SECONDS) -> None:
+        """Notes go to a segment of their own. Raises StoreError if the store cannot be listed."""
+        super().__init__(run_url)
+        taken = (number for other, number in map(_order, super().segments()) if other == attempt)
+        self._attempt, self._number = attempt, 1 + max(taken, default=-1)
+        self._in_place = storage.is_local(self.run_url)
+        # mkdtemp makes a folder that nobody but this user can enter.
+        self._folder = Path(self.run_url if self._in_place else tempfile.mkdtemp(prefix="nvae-journal-"))
+        (self._folder / "journal").mkdir(parents=True, exist_ok=True)
+        self._lock, self._copy_lock = threading.Lock(), threading.Lock()
+        self._file: BinaryIO | None = None
+        self._written: dict[str, int] = {}
+        """Bytes of each own segment."""
+        self._durable: dict[str, int] = {}
+        """How many of them the store has, or the disk where they are written in place."""
+        self._new_files: list[str] = []
+        """Pictures and files that it does not have yet."""
+        self._troubled = False
+        self._closed = threading.Event()
+        self._copier = threading.Thread(
+            target=self._copy_regularly, args=(copy_seconds,), name="journal", daemon=True
+        )
+        if not self._in_place:
+            self._copier.start()
+
+    def note(self, kind: Kind, **body: Any) -> None:
+        """Appends one line. From here on it survives the death of this process."""
+        line = encode(Entry(kind, time.time_ns() // 1_000_000, body))
+        with self._lock:
+            try:
+                self._append(line)
+            except OSError as error:
+                # Half a line may be there: the next one goes to another segment.
+                self._leave_segment()
+                self._warn(f"the journal cannot be written, points are lost: {error}")
+
+    def attach(self, path: str, data: bytes) -> bool:
+        """Keeps a picture or file at `path` below the run's folder; whether it could."""
+        storage.check_relative(path)
+        target = self._folder / path
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(data)
+        except OSError as error:
+            self._warn(f"{path} cannot be written beside the journal: {error}")
+            return False
+        with self._lock:
+            self._new_files.append(path)
+        return True
+
+    def sync(self) -> bool:
+        """Brings the store up to date; whether it has everything noted before the call."""
+        try:
+            with self._copy_lock:
+                self._copy()
+        except (storage.StoreError, OSError) as error:
+            self._warn(f"the journal cannot be copied, the next copy tries again: {error}")
+            return False
+        self._troubled = False
+        return True
+
+    def own_segments(self) -> dict[str, int]:
+        """Bytes that may be read of each segment of this attempt, in order."""
+        with self._lock:
+            # In place, the death of this process loses nothing that was written.
+            return dict(self._written if self._in_place else self._durable)
+
+    def read(self, segment: str) -> bytes:
+        """What may be read of a segment, from this machine's disk if it is our own."""
+        readable = self.own_segments().get(segment)
+        if readable is None:
+            return super().read(segment)
+        with (self._folder / "journal" / segment).open("rb") as file:
+            return file.read(readable)
+
+    def read_file(self, path: str) -> bytes:
+        local = self._folder / path
+        return local.read_bytes() if local.exists() else super().read_file(path)
+
+    def close(self) -> None:
+        """Copies what is missing and removes this machine's copy if nothing is missing any more."""
+        self._closed.set()
+        if self._copier.is_alive():
+            self._copier.join()
+        complete = self.sync()
+        with self._lock:
+            self._leave_segment()
+        if self._in_place:
+            return
+        if complete:
+            shutil.rmtree(self._folder, ignore_errors=True)
+        else:
+            logger.warning("the end of the journal of %s is in %s only", self.run_url, self._folder)
+
+    def _append(self, line: bytes) -> None:
+        """Appends to the open segment, or to a new one if there is none or it is full."""
+        name = f"{self._attempt:03d}-{self._number:05d}.jsonl"
+        if self._file is None:
+            # "x": whoever else notes under this number must never share a file with us.
+            self._file = (self._folder / "journal" / name).open("xb", buffering=0)
+        if self._file.write(line) != len(line):
+            raise OSError("the disk took only a part of a line")
+        self._written[name] = self._written.get(name, 0) + len(line)
+        if self._written[name] >= SEGMENT_BYTES:
+            self._leave_segment()
+
+    def _leave_segment(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        self._number += 1
+
+    def _copy(self) -> None:
+        with self._lock:
+            files, segments = list(self._new_files), dict(self._written)
+        # Pictures before the lines that name them.
+        for path in files:
+            self._persist(path)
+            with self._lock:
+                self._new_files.remove(path)
+        for name, length in segments.items():
+            if self._durable.get(name, 0) < length:
+                self._persist(f"journal/{name}", length)
+                with self._lock:
+                    self._durable[name] = length
+
+    def _persist(self, path: str, length: int = -1) -> None:
+        """Makes the first `length` bytes of a file (-1: all) outlive this machine's breakdown."""
+        with (self._folder / path).open("rb") as file:
+            if self._in_place:
+                os.fsync(file.fileno())
+            else:
+                storage.write_bytes(storage.join(self.run_url, path), file.read(length))
+
+    def _copy_regularly(self, seconds: float) -> None:
+        while not self._closed.wait(seconds):
+            self.sync()
+
+    def _warn(self, message: str) -> None:
+        if not self._troubled:
+            self._troubled = True
+            logger.warning("%s (said once until it works again)", message)
