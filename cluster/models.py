@@ -1,0 +1,92 @@
+"""`nvae evaluate`, `sample` and `registry`: trained models, as the command line shows them."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from pipeline.training.tracking import default_tracking_uri
+
+from pipeline import store as stores
+from pipeline.data.index import load_index
+from pipeline.data.loader import check_fits, evaluation_batches
+from pipeline.models import evaluation, sampling
+from pipeline.models.export import RegistryError
+from pipeline.models.registry import Registry, load
+from pipeline.progress import track
+from pipeline.training.worker import LocalWorker
+
+
+def tracking_uri(store: str | None, tracking: str | None) -> str:
+    """The MLflow to ask: the flag, else MLFLOW_TRACKING_URI, else the store's own."""
+    return tracking or os.environ.get("MLFLOW_TRACKING_URI") or default_tracking_uri(stores.locate(store))
+
+
+def evaluate(
+    model: str,
+    data: str | None,
+    samples: int,
+    limit: int | None,
+    batch_size: int,
+    store: str | None,
+    tracking: str | None,
+) -> dict[str, float]:
+    """Scores of a model on the validation split of `data`, by default its own data set."""
+    loaded = load(model, tracking_uri(store, tracking))
+    config = loaded.config
+    root = stores.data_url(data or config.data.root, stores.locate(store))
+    config = config.model_copy(update={"data": config.data.model_copy(update={"root": root})})
+    index = load_index(root)
+    check_fits(config, index)
+    worker = LocalWorker()
+    batches = evaluation_batches(config, index, rank=0, world_size=1, limit=limit, batch_size=batch_size)
+    count = min(limit or index.num_samples("validation"), index.num_samples("validation"))
+    shown = track(batches, "Evaluating", total=-(-count // batch_size))
+    return evaluation.evaluate(loaded.model.to(worker.device), config, shown, worker, samples)
+
+
+def sample(
+    model: str,
+    output: Path,
+    count: int,
+    temperature: float,
+    seed: int,
+    batch_size: int,
+    pixels: Literal["mean", "sample"],
+    recalibrate: bool,
+    store: str | None,
+    tracking: str | None,
+) -> str:
+    """Write a grid of prior samples to `output`; returns what to tell the user."""
+    loaded = load(model, tracking_uri(store, tracking))
+    network = loaded.model.to(LocalWorker().device)
+    if recalibrate and not sampling.recalibrate_batch_norm(network, temperature, seed):
+        raise RegistryError(
+            f"{model}: batch norm statistics at temperature {temperature} are not finite; "
+            "sample without --recalibrate."
+        )
+    images = sampling.sample_images(network, count, temperature, seed, batch_size=batch_size, pixels=pixels)
+    output.write_bytes(sampling.png(sampling.grid(images)))
+    return f"{count} images of {model} at temperature {temperature}, seed {seed}: {output}"
+
+
+def versions(name: str | None, store: str | None, tracking: str | None) -> Iterator[dict[str, Any]]:
+    """A row for each registered version."""
+    registry = Registry(tracking_uri(store, tracking))
+    for model in [name] if name else registry.names():
+        for version in registry.versions(model):
+            yield {
+                "model": version.ref,
+                "aliases": ", ".join(version.aliases) or None,
+                "bits_per_dim": version.score,
+                "images_seen": version.images_seen,
+                "data": version.data_root,
+                "created": version.created,
+            }
+
+
+def describe(model: str, store: str | None, tracking: str | None) -> dict[str, Any]:
+    """Everything that is recorded of one version, by name."""
+    version = Registry(tracking_uri(store, tracking)).find(model)
+    fields = {key: value for key, value in vars(version).items() if key != "metrics"}
+    return {**fields, "aliases": ", ".join(version.aliases), **version.metrics}

@@ -1,0 +1,77 @@
+"""`nvae runs`: what the store knows of training runs, as the command line shows it."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from pipeline import run_folder, settings
+from pipeline import store as stores
+from pipeline.run_folder import RunRecord
+from pipeline.training.checkpoint import checkpoints
+
+
+def listing(store: str | None) -> Iterator[dict[str, Any]]:
+    """A row for each run, the newest first."""
+    located = stores.locate(store)
+    for record in run_folder.all_records(located):
+        saved = checkpoints(run_folder.folder(located, record.name))
+        yield {
+            "name": record.name,
+            "state": _state(located, record),
+            "images_seen": saved[0].images_seen if saved else 0,
+            "total_images": record.config["train"]["total_images"],
+            "bits_per_dim": record.result.get("metrics", {}).get("validation/bits_per_dim"),
+            "model": record.result.get("model"),
+            "created": record.created,
+        }
+
+
+def describe(name: str, store: str | None) -> dict[str, Any]:
+    """One run by name, its settings by their dotted paths."""
+    located = stores.locate(store)
+    record = run_folder.known_record(located, name)
+    url = run_folder.folder(located, name)
+    result = {key: value for key, value in record.result.items() if key != "metrics"}
+    return {
+        "name": name,
+        "url": url,
+        "state": _state(located, record),
+        "reason": record.reason or None,
+        "created": record.created,
+        "mlflow": f"{record.tracking_uri} run {record.mlflow_run_id}",
+        "data_hash": record.data_hash,
+        "parent": record.parent,
+        **{
+            f"launch {number}": f"{launch.started} on {launch.host}, {launch.workers} workers"
+            for number, launch in enumerate(record.launches, start=1)
+        },
+        **{f"checkpoint {saved.images_seen:,} images": saved.url for saved in checkpoints(url)},
+        **result,
+        **record.result.get("metrics", {}),
+        **dict(settings.flatten(record.config)),
+    }
+
+
+def stop(name: str, store: str | None) -> str:
+    """Ask a run to stop; returns what to tell the user."""
+    located = stores.locate(store)
+    run_folder.known_record(located, name)
+    url = run_folder.folder(located, name)
+    if run_folder.lease_holder(url) is None:
+        return f"Nobody is running {name}."
+    run_folder.request_stop(url)
+    return f"{name} will write a checkpoint and stop at its next log line."
+
+
+def delete(name: str, store: str | None) -> str:
+    """Delete a run's folder; returns what to tell the user."""
+    located = stores.locate(store)
+    run_folder.known_record(located, name)
+    run_folder.delete(run_folder.folder(located, name))
+    return f"Deleted the run {name}. Its MLflow run and its registered models are kept."
+
+
+def _state(store: str, record: RunRecord) -> str:
+    """The recorded state; a run that was killed cannot have recorded that it ended."""
+    if record.state == "running" and run_folder.lease_holder(run_folder.folder(store, record.name)) is None:
+        return "killed"
+    return record.state

@@ -1,0 +1,174 @@
+"""`nvae train`: from what the user typed to a run that has ended."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+
+from cluster.models import tracking_uri
+from nvae.config import NVAEConfig
+from nvae.model import NVAE
+from pipeline import config_file, run, run_folder, storage
+from pipeline import store as stores
+from pipeline.config import RunConfig
+from pipeline.progress import say
+from pipeline.training.worker import LocalWorker
+
+EXIT_CODES = {"finished": 0, "stopped": 0, "failed": 1, "diverged": 3}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that was asked for, with everything resolved and nothing started."""
+
+    config: RunConfig
+    name: str
+    store: str
+    tracking: str
+    workers: int
+    local: bool
+    parent: str | None
+
+
+def plan(
+    config: str,
+    overrides: Sequence[str],
+    name: str | None,
+    workers: int | None,
+    local: bool,
+    parent: str | None,
+    store: str | None,
+    tracking: str | None,
+) -> Plan:
+    """Resolve the configuration and all defaults. Raises InputError with every problem."""
+    located = stores.locate(store)
+    return Plan(
+        config=config_file.load(config, overrides),
+        name=name or PurePosixPath(config).stem,
+        store=located,
+        tracking=tracking_uri(store, tracking),
+        workers=1 if local else workers or default_workers(),
+        local=local,
+        parent=parent,
+    )
+
+
+def default_workers() -> int:
+    """One per GPU of this machine, or 2 on a machine without."""
+    return torch.cuda.device_count() or 2
+
+
+def describe(plan: Plan) -> str:
+    """What would be trained: settings, parameters, latent shapes, steps."""
+    config = plan.config
+    train, model = config.train, config.model
+    per_worker = train.batch_size // plan.workers
+    micro = train.micro_batch_size or per_worker
+    updates = -(-train.total_images // train.batch_size)
+    return "\n".join(
+        [
+            config_file.to_yaml(config).rstrip(),
+            "",
+            f"run          {plan.name} in {plan.store}",
+            f"tracking     {plan.tracking}",
+            f"workers      {'this process' if plan.local else f'{plan.workers} (Ray Train)'}",
+            f"parameters   {count_parameters(model):,}",
+            f"latents      {_latents(model)}",
+            f"steps        {updates:,} updates of {train.batch_size} images: {per_worker} per worker"
+            + (
+                f", in micro-batches of {micro} (batch norm sees one at a time)"
+                if micro != per_worker
+                else ""
+            ),
+        ]
+    )
+
+
+def count_parameters(config: NVAEConfig) -> int:
+    """Trainable parameters of a model, counted without allocating it."""
+    with torch.device("meta"):
+        model = NVAE(config)
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def _latents(config: NVAEConfig) -> str:
+    """`4 groups of 20x8x8, 8 groups of 20x16x16`: coarsest first."""
+    shapes = config.latent_shapes
+    counts = {shape: shapes.count(shape) for shape in shapes}
+    return ", ".join(
+        f"{count} group{'s' if count > 1 else ''} of {z}x{h}x{w}" for (z, h, w), count in counts.items()
+    )
+
+
+def execute(plan: Plan) -> int:
+    """Train, with Ray or in this process; returns the exit code."""
+    url = run_folder.folder(plan.store, plan.name)
+    with run_folder.leased(url):
+        spec = run.begin(
+            plan.config,
+            name=plan.name,
+            store_url=plan.store,
+            tracking_uri=plan.tracking,
+            workers=plan.workers,
+            parent=plan.parent,
+        )
+        with run.running(spec, plan.workers) as end:
+            end.update(_work(plan, spec))
+    say(farewell(plan, spec, end))
+    return EXIT_CODES[end["state"]]
+
+
+def _work(plan: Plan, spec: run.RunSpec) -> dict[str, Any]:
+    if plan.local:
+        with LocalWorker(asked_to_stop=partial(run_folder.stop_requested, spec.url)) as worker:
+            return run.work(asdict(spec), worker)
+    from cluster.launch import launch
+
+    say(f"Starting {plan.workers} Ray Train workers ...")
+    return launch("pipeline.run:work", asdict(spec), workers=plan.workers, run_url=spec.url, say=say)
+
+
+def farewell(plan: Plan, spec: run.RunSpec, end: Mapping[str, Any]) -> str:
+    """How the run ended, where everything is, and what to try next."""
+    if end["state"] == "diverged":
+        return f"Diverged: {end['reason']}"
+    if end["state"] == "stopped":
+        return f"Stopped. Run the same command again to continue {spec.name}."
+    result = end["result"]
+    bits = result["metrics"].get("validation/bits_per_dim")
+    score = "" if bits is None else f", {bits:.3f} bits/dim on the validation split"
+    model = result["alias"] or result["model"]
+    where = {
+        "model": f"{result['model']}: {result['verdict']}",
+        **{Path(picture).name.partition("-")[0]: picture for picture in result["pictures"]},
+        "weights": result["export"],
+        "checkpoints": storage.join(spec.url, "checkpoints"),
+        "curves": f"{storage.shown(spec.tracking_uri)}, run {spec.mlflow_run_id}",
+    }
+    flags = _flags(plan)
+    following = [
+        f"nvae sample {model} samples.png --count 36 --temperature 0.8{flags}",
+        f"nvae evaluate {model} --samples 20{flags}",
+        f"nvae registry list{flags}",
+        f"mlflow ui --backend-store-uri {spec.tracking_uri}" if "sqlite" in spec.tracking_uri else "",
+    ]
+    return "\n".join(
+        [
+            "",
+            f"Finished {spec.name} at {result['images_seen']:,} images{score}.",
+            *(f"  {what:<16} {place}" for what, place in where.items()),
+            "",
+            "Try next:",
+            *(f"  {command}" for command in following if command),
+        ]
+    )
+
+
+def _flags(plan: Plan) -> str:
+    """The flags that make another command look where this run was put."""
+    store = "" if plan.store == stores.locate(None) else f" --store {plan.store}"
+    tracking = "" if plan.tracking == tracking_uri(plan.store, None) else f" --tracking {plan.tracking}"
+    return store + tracking

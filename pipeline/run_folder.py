@@ -1,0 +1,244 @@
+"""A run's folder in the store: its record, its lease, its stop request.
+
+STORE/runs/NAME/
+  run.json       the record: configuration, data set, MLflow run, every launch and its end
+  lease.json     who is running it now, renewed while it runs
+  stop           present when somebody asked the run to stop
+  checkpoints/   written by training/checkpoint.py
+  journal/       written by training/tracking.py
+
+Object stores have no locks that all of them honour (conditional writes are refused or
+ignored by several), so the lease is written, then read back: of two launches at the same
+moment the later writer wins and the other withdraws. A lease that nobody renews expires;
+one whose process is gone from this very machine counts for nothing, so that a killed run
+can be started again at once.
+"""
+
+import json
+import logging
+import os
+import re
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from pipeline import storage
+from pipeline.errors import InputError
+
+LEASE_SECONDS = 60.0
+RENEW_SECONDS = 10.0
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
+
+logger = logging.getLogger(__name__)
+
+State = Literal["created", "running", "stopped", "finished", "failed", "diverged"]
+
+
+class RunError(InputError):
+    """A run that cannot be started, continued or changed as asked."""
+
+
+def now() -> str:
+    """The time as ISO 8601 in UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One time that the run was started."""
+
+    started: str
+    host: str
+    workers: int
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What run.json says: everything about a run but its tensors and its curves."""
+
+    name: str
+    created: str
+    config: Mapping[str, Any]
+    """The resolved RunConfig as a nested mapping."""
+    data_hash: str
+    """Content hash of the data set; part of the run's identity."""
+    tracking_uri: str
+    mlflow_run_id: str
+    parent: str | None = None
+    """Model whose weights the run began with (`--from`)."""
+    state: State = "created"
+    reason: str = ""
+    """Why a run failed or stopped; empty otherwise."""
+    launches: tuple[Launch, ...] = ()
+    result: Mapping[str, Any] = field(default_factory=dict)
+    """Final metrics, registered version and pictures, once there are any."""
+    format_version: int = 1
+
+
+def folder(store: str, name: str) -> str:
+    """URL of a run's folder. Raises RunError on a name that is no plain name."""
+    if not _NAME.fullmatch(name):
+        raise RunError(
+            f"{name!r} is no name for a run; use up to 100 letters, digits, '.', '_' and '-', "
+            "beginning with a letter or digit."
+        )
+    return storage.join(store, "runs", name)
+
+
+def read_record(url: str) -> RunRecord | None:
+    """The record in a run's folder; None where there is no run."""
+    record_url = storage.join(url, "run.json")
+    if not storage.exists(record_url):
+        return None
+    values = json.loads(storage.read_text(record_url))
+    if values.get("format_version") != 1:
+        raise RunError(
+            f"{record_url} has format version {values.get('format_version')}; this release reads 1. "
+            "Use the release that wrote it."
+        )
+    values["launches"] = tuple(Launch(**launch) for launch in values["launches"])
+    return RunRecord(**values)
+
+
+def write_record(url: str, record: RunRecord) -> None:
+    storage.write_bytes(storage.join(url, "run.json"), json.dumps(asdict(record), indent=2).encode())
+
+
+def update_record(url: str, **changes: Any) -> RunRecord:
+    """Replace fields of an existing record."""
+    record = read_record(url)
+    if record is None:
+        raise RunError(f"{url} holds no run; it was deleted while something still wrote to it.")
+    record = replace(record, **changes)
+    write_record(url, record)
+    return record
+
+
+def all_records(store: str) -> list[RunRecord]:
+    """The records of all runs of a store, newest first."""
+    names = storage.list_dir(storage.join(store, "runs"))
+    records = [read_record(storage.join(store, "runs", name)) for name in names]
+    return sorted((r for r in records if r is not None), key=lambda r: r.created, reverse=True)
+
+
+def known_record(store: str, name: str) -> RunRecord:
+    """The record of a run that has to exist. Raises RunError naming the runs there are."""
+    record = read_record(folder(store, name))
+    if record is None:
+        known = ", ".join(sorted(r.name for r in all_records(store))) or "none"
+        raise RunError(f"There is no run {name!r} in {store}. Runs there: {known}.")
+    return record
+
+
+# -- stop request -----------------------------------------------------------------------
+
+
+def request_stop(url: str) -> None:
+    """Ask whoever runs this run to write a checkpoint and leave."""
+    storage.write_bytes(storage.join(url, "stop"), now().encode())
+
+
+def stop_requested(url: str) -> bool:
+    return storage.exists(storage.join(url, "stop"))
+
+
+def clear_stop(url: str) -> None:
+    if stop_requested(url):
+        storage.delete(storage.join(url, "stop"))
+
+
+def delete(url: str) -> None:
+    """Remove a run's folder, its record last. Raises RunError while it is running."""
+    holder = lease_holder(url)
+    if holder is not None:
+        raise RunError(f"{url} is being run by {holder}; stop it first with `nvae runs stop`.")
+    for name in storage.list_dir(url):
+        if name != "run.json":
+            storage.delete(storage.join(url, name), recursive=True)
+    storage.delete(url, recursive=True)
+
+
+# -- lease ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Lease:
+    owner: str
+    host: str
+    boot: str
+    pid: int
+    renewed: float
+    """Seconds since the epoch, by the owner's clock."""
+
+
+def _boot_id() -> str:
+    """Identifies this machine since its last start; empty where the system does not tell."""
+    path = Path("/proc/sys/kernel/random/boot_id")
+    return path.read_text().strip() if path.exists() else ""
+
+
+def _read_lease(url: str) -> _Lease | None:
+    lease_url = storage.join(url, "lease.json")
+    if not storage.exists(lease_url):
+        return None
+    return _Lease(**json.loads(storage.read_text(lease_url)))
+
+
+def _write_lease(url: str, owner: str) -> None:
+    lease = _Lease(owner, socket.gethostname(), _boot_id(), os.getpid(), time.time())
+    storage.write_bytes(storage.join(url, "lease.json"), json.dumps(asdict(lease)).encode())
+
+
+def _is_alive(lease: _Lease) -> bool:
+    if lease.host == socket.gethostname() and lease.boot == _boot_id() != "":
+        return Path(f"/proc/{lease.pid}").exists()
+    return time.time() - lease.renewed < LEASE_SECONDS
+
+
+def lease_holder(url: str) -> str | None:
+    """`host, process N` of whoever runs this run now; None if nobody does."""
+    lease = _read_lease(url)
+    return f"{lease.host}, process {lease.pid}" if lease is not None and _is_alive(lease) else None
+
+
+@contextmanager
+def leased(url: str) -> Iterator[None]:
+    """Hold the run's lease; raises RunError if somebody else does."""
+    holder = lease_holder(url)
+    if holder is not None:
+        raise RunError(
+            f"{url} is already being run by {holder}. Wait for it, stop it with `nvae runs stop`, "
+            "or give the new run another --name."
+        )
+    owner = uuid.uuid4().hex
+    _write_lease(url, owner)
+    written = _read_lease(url)
+    if written is None or written.owner != owner:
+        raise RunError(f"{url} was started by somebody else at the same moment; this launch withdraws.")
+    done = threading.Event()
+    renewal = threading.Thread(target=_renew, args=(url, owner, done), name="lease", daemon=True)
+    renewal.start()
+    try:
+        yield
+    finally:
+        done.set()
+        renewal.join()
+        lease = _read_lease(url)
+        if lease is not None and lease.owner == owner:
+            storage.delete(storage.join(url, "lease.json"))
+
+
+def _renew(url: str, owner: str, done: threading.Event) -> None:
+    while not done.wait(RENEW_SECONDS):
+        try:
+            _write_lease(url, owner)
+        except storage.StoreError as error:
+            # An outage of the store must not end the training; the next renewal may succeed.
+            logger.warning("the lease of %s could not be renewed: %s", url, error)

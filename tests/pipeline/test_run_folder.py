@@ -1,0 +1,122 @@
+"""A run's folder: who may run it, who asked it to stop, what is known of it."""
+
+import json
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from pipeline import run_folder
+from pipeline.run_folder import RunError, RunRecord
+
+
+def a_record(name: str = "faces", **changes: object) -> RunRecord:
+    values = {
+        "name": name,
+        "created": "2026-01-01T00:00:00+00:00",
+        "config": {"train": {"total_images": 64}},
+        "data_hash": "0" * 64,
+        "tracking_uri": "sqlite:///x.db",
+        "mlflow_run_id": "abc",
+    }
+    return RunRecord(**values | changes)  # type: ignore[arg-type]
+
+
+def test_a_record_comes_back_as_it_was_written(tmp_path: Path) -> None:
+    url = run_folder.folder(str(tmp_path), "faces")
+    record = a_record(launches=(run_folder.Launch("2026-01-01T00:00:00+00:00", "host", 2),))
+    run_folder.write_record(url, record)
+    assert run_folder.read_record(url) == record
+    assert run_folder.update_record(url, state="finished").state == "finished"
+    assert [r.name for r in run_folder.all_records(str(tmp_path))] == ["faces"]
+
+
+@pytest.mark.parametrize("name", ["", "../x", "a/b", ".hidden", "a b", "x" * 101])
+def test_a_run_cannot_have_a_name_that_leaves_its_folder(tmp_path: Path, name: str) -> None:
+    with pytest.raises(RunError, match="is no name for a run"):
+        run_folder.folder(str(tmp_path), name)
+
+
+def test_an_unknown_run_is_refused_with_the_names_there_are(tmp_path: Path) -> None:
+    run_folder.write_record(run_folder.folder(str(tmp_path), "faces"), a_record())
+    with pytest.raises(RunError, match="Runs there: faces"):
+        run_folder.known_record(str(tmp_path), "face")
+
+
+def test_a_record_of_a_later_release_is_refused(tmp_path: Path) -> None:
+    url = run_folder.folder(str(tmp_path), "faces")
+    run_folder.write_record(url, a_record(format_version=2))
+    with pytest.raises(RunError, match="format version 2"):
+        run_folder.read_record(url)
+
+
+def test_a_run_is_run_by_one_launch_at_a_time(tmp_path: Path) -> None:
+    url = run_folder.folder(str(tmp_path), "faces")
+    with run_folder.leased(url):
+        assert run_folder.lease_holder(url) is not None
+        with pytest.raises(RunError, match="already being run by"), run_folder.leased(url):
+            pass
+        with pytest.raises(RunError, match="stop it first"):
+            run_folder.delete(url)
+    assert run_folder.lease_holder(url) is None
+    with run_folder.leased(url):
+        pass
+
+
+def test_a_killed_run_can_be_started_again_at_once(tmp_path: Path) -> None:
+    url = run_folder.folder(str(tmp_path), "faces")
+    holder = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            textwrap.dedent(f"""
+                from pipeline import run_folder
+                with run_folder.leased({url!r}):
+                    print("running", flush=True)
+                    input()
+            """),
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "running\n"
+        assert run_folder.lease_holder(url) is not None
+        holder.kill()
+    assert run_folder.lease_holder(url) is None
+    with run_folder.leased(url):
+        assert run_folder.lease_holder(url) is not None
+
+
+def test_a_lease_of_another_machine_expires(tmp_path: Path) -> None:
+    url = run_folder.folder(str(tmp_path), "faces")
+    with run_folder.leased(url):
+        lease = json.loads((Path(url) / "lease.json").read_text())
+    elsewhere = lease | {"host": "elsewhere", "owner": "another"}
+    (Path(url) / "lease.json").write_text(json.dumps(elsewhere))
+    assert run_folder.lease_holder(url) == f"elsewhere, process {lease['pid']}"
+    expired = elsewhere | {"renewed": lease["renewed"] - run_folder.LEASE_SECONDS - 1}
+    (Path(url) / "lease.json").write_text(json.dumps(expired))
+    assert run_folder.lease_holder(url) is None
+
+
+def test_a_stop_request_is_there_until_it_is_cleared(tmp_path: Path) -> None:
+    url = run_folder.folder(str(tmp_path), "faces")
+    assert not run_folder.stop_requested(url)
+    run_folder.request_stop(url)
+    assert run_folder.stop_requested(url)
+    run_folder.clear_stop(url)
+    assert not run_folder.stop_requested(url)
+
+
+def test_a_deleted_run_leaves_nothing(tmp_path: Path) -> None:
+    url = run_folder.folder(str(tmp_path), "faces")
+    run_folder.write_record(url, a_record())
+    (Path(url) / "checkpoints" / "x").mkdir(parents=True)
+    run_folder.delete(url)
+    assert run_folder.read_record(url) is None
+    assert not Path(url).exists()
