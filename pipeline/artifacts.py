@@ -16,8 +16,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import safetensors.torch
 from safetensors import SafetensorError
+from safetensors.torch import load as parse_safetensors
+from safetensors.torch import save as serialize_safetensors
 from torch import Tensor
 
 from pipeline import storage
@@ -207,7 +208,7 @@ def damaged_files(manifest: Manifest) -> list[str]:
 def tensors_to_bytes(tensors: Mapping[str, Tensor]) -> bytes:
     """A safetensors file. The same tensors give the same bytes: no metadata, names in order."""
     on_host = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    data: bytes = safetensors.torch.save(on_host)
+    data: bytes = serialize_safetensors(on_host)
     return data
 
 
@@ -224,7 +225,7 @@ def tensors_from_bytes(data: bytes, source: str) -> dict[str, Tensor]:
             "checkpoints are never opened here, since opening one can run code."
         )
     try:
-        tensors: dict[str, Tensor] = safetensors.torch.load(data)
+        tensors: dict[str, Tensor] = parse_safetensors(data)
     except (SafetensorError, KeyError, ValueError, RuntimeError, AssertionError) as error:
         raise ArtifactError(f"{source}: not a valid safetensors file ({error}).") from error
     return tensors

@@ -38,10 +38,11 @@ def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Place:
     """A store and an MLflow of a test's own."""
 
-    def __init__(self, store: str, uri: str, artifacts: Path) -> None:
+    def __init__(self, store: str, uri: str, artifacts: Path | None = None) -> None:
         self.store, self.uri = store, uri
         self.client = MlflowClient(uri, uri)
-        experiment = self.client.create_experiment("nvae", artifact_location=str(artifacts))
+        location = None if artifacts is None else str(artifacts)
+        experiment = self.client.create_experiment("nvae", artifact_location=location)
         self.run_id = self.client.create_run(experiment).info.run_id
 
     def export(self, seed: int = 0, bits: float = 4.0, data_hash: str = "d1" * 32) -> Manifest:
@@ -90,6 +91,20 @@ def test_a_registered_model_draws_the_same_pictures_after_loading(place):
 def test_the_same_works_with_weights_in_an_object_store(place, s3):
     place.store = storage.join(s3, "registry")
     check_round_trip(place)
+
+
+def test_the_same_works_with_an_mlflow_server(mlflow_server, tmp_path):
+    place = Place(str(tmp_path), mlflow_server)
+    check_round_trip(place)
+    assert place.register().version.version == "1"
+    assert not place.register(1, 4.5).is_best
+    assert place.register(2, 3.5).version.aliases == ("best",)
+    with pytest.raises(RegistryError, match="Did you mean nvae-faces"):
+        load("models:/nvae-face/1", mlflow_server)
+    with pytest.raises(RegistryError, match="no version 77; the newest: 3, 2, 1"):
+        load("models:/nvae-faces/77", mlflow_server)
+    files = place.client.list_artifacts(place.run_id, "model")
+    assert [file.path for file in files] == ["model/config.json", "model/manifest.json", "model/samples.png"]
 
 
 def test_a_version_knows_what_it_was_trained_on_and_how_good_it_is(place):
