@@ -224,8 +224,7 @@ class Registry:
 
     def _contend(self, candidate: Version) -> Registration:
         """Gives `candidate` the alias `best` if the gate lets it."""
-        aliases = self._aliases(candidate.name)
-        holder = self._get(candidate.name, aliases[BEST], aliases) if BEST in aliases else None
+        holder = self._holder(candidate.name)
         passes, reason = judge(candidate, holder)
         if passes and (holder is None or holder.version != candidate.version):
             winner = self._crown(candidate)
@@ -235,6 +234,14 @@ class Registry:
         return Registration(
             version, passes, f"{version.ref} is {'' if passes else 'not '}the best: {reason}."
         )
+
+    def _holder(self, name: str) -> Version | None:
+        """The version that is `best`; None if there is none whose score could be compared."""
+        aliases = self._aliases(name)
+        if BEST not in aliases:
+            return None
+        found = self._unless_missing(lambda: self._client.get_model_version(name, aliases[BEST]))
+        return _parse(found, aliases) if found is not None and is_ours(found.tags) else None
 
     def _crown(self, candidate: Version) -> Version:
         """Moves `best` to `candidate`, or to a better one that came at the same moment; the winner.

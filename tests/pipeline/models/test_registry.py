@@ -215,6 +215,14 @@ def test_best_follows_the_gate_and_says_why_it_did_not_move(place):
     assert Registry(place.uri).find("models:/nvae-faces@best").version == "5"
 
 
+def test_best_is_taken_from_a_version_that_something_else_registered(place):
+    place.client.create_registered_model("nvae-faces")
+    place.client.create_model_version("nvae-faces", f"runs:/{place.run_id}/x", place.run_id)
+    place.client.set_registered_model_alias("nvae-faces", "best", "1")
+    assert place.register().is_best
+    assert Registry(place.uri).find("models:/nvae-faces@best").version == "2"
+
+
 def test_of_racing_registrations_the_best_one_holds_the_alias(place):
     scores = [3.0 + 0.1 * ((7 * seed) % 8) for seed in range(8)]
     urls = [place.export(seed, bits).url for seed, bits in enumerate(scores)]
