@@ -27,8 +27,9 @@ from pipeline.config import RunConfig
 from pipeline.data import plan
 from pipeline.data.images import Pixels, RejectedImageError, decode
 from pipeline.data.index import TRAIN, VALIDATION, Index, ShardError
-from pipeline.data.plan import Integers, Places
+from pipeline.data.plan import Places
 from pipeline.data.plan import default_lanes as default_lanes
+from pipeline.data.randomness import Integers, words, words_at
 from pipeline.data.reader import PendingSample, Reader
 
 # b images of this rank in one batch; C colours; H = W the model's image size.
@@ -247,7 +248,7 @@ def _batch(done: _Pending, keys: list[str], flip_key: tuple[int | str, ...] | No
     if flip_key is None:
         flip = np.zeros(len(positions), bool)
     else:
-        flip = plan.words_at(positions, *flip_key) >> np.uint64(63) == 1
+        flip = words_at(positions, *flip_key) >> np.uint64(63) == 1
     return Batch(
         images=done.images,
         positions=torch.from_numpy(positions),
@@ -261,7 +262,7 @@ def _batch(done: _Pending, keys: list[str], flip_key: tuple[int | str, ...] | No
 
 def _binarized(pixels: Pixels, key: tuple[int | str, ...], position: int) -> Pixels:
     """Each pixel of value v becomes 1 with probability v / 255, else 0."""
-    random: NDArray[np.uint32] = plan.words((pixels.size + 1) // 2, *key, position).view(np.uint32)
+    random: NDArray[np.uint32] = words((pixels.size + 1) // 2, *key, position).view(np.uint32)
     # 255 levels, uniform up to 2^-24; the topmost of 2^32 numbers would be a 256th.
     levels = np.minimum(random[: pixels.size] // np.uint32(2**32 // 255), 254).reshape(pixels.shape)
     binary: Pixels = (levels < pixels).astype(np.uint8)

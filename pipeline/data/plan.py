@@ -17,24 +17,19 @@ left out. A batch may straddle two epochs: there is no tail.
    lanes [rC/W, (r+1)C/W), and each window is read by one rank. Otherwise each rank takes a
    contiguous share of the batch, and a window may be read by up to W ranks.
 
-Random numbers are SplitMix64 words under a BLAKE2 key, not numpy's generators: those may
-change between versions of numpy, and the order of samples is part of a run's identity.
 Everything is computed when it is asked for; an epoch costs one permutation of its shards.
 """
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from numpy.typing import NDArray
+
+from pipeline.data.randomness import Integers, permutation, words
 
 # S shards; N samples; C lanes; w samples of a window; B images of a global batch; W ranks;
 # b positions asked for at once.
-Integers = NDArray[np.int64]
-Words = NDArray[np.uint64]
-
 MOST_LANES = 64
 
 
@@ -192,31 +187,6 @@ def training_share(first: int, size: int, *, lanes: int, rank: int, world_size: 
 def contiguous_share(total: int, *, rank: int, world_size: int) -> range:
     """`rank`'s part of 0 ... total - 1; parts follow each other and differ by one at most."""
     return range(total * rank // world_size, total * (rank + 1) // world_size)
-
-
-# --- randomness -------------------------------------------------------------------------------
-
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-
-
-def words(count: int, *key: int | str, first: int = 0) -> Words:
-    """(count,) random 64-bit words under `key`: numbers first, first + 1, ... of its sequence."""
-    return words_at(np.arange(first, first + count, dtype=np.int64), *key)
-
-
-def words_at(numbers: Integers, *key: int | str) -> Words:
-    """The words with the given numbers in the random sequence of `key` (SplitMix64)."""
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-    state = np.frombuffer(digest, "<u8")[0] + (numbers.astype(np.uint64) + np.uint64(1)) * _GOLDEN
-    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    mixed: Words = state ^ (state >> np.uint64(31))
-    return mixed
-
-
-def permutation(count: int, *key: int | str) -> Integers:
-    """A random order of 0 ... count - 1."""
-    return np.argsort(words(count, *key), kind="stable").astype(np.int64)
 
 
 @lru_cache(maxsize=4 * MOST_LANES)

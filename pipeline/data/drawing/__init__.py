@@ -1,0 +1,1 @@
+"""The hand that draws the procedural portraits."""
