@@ -83,7 +83,8 @@ class Canvas:
 def smoothstep(t: Plane) -> Plane:
     """0 below 0, 1 above 1, smooth between."""
     inside: Plane = np.clip(t, 0, 1)
-    return inside * inside * (3 - 2 * inside)
+    smooth: Plane = inside * inside * (3 - 2 * inside)
+    return smooth
 
 
 def bump(x: Plane, y: Plane, width: float | Plane, height: float) -> Plane:

@@ -35,7 +35,7 @@ def outline(head: Canvas, person: Person) -> Plane:
     """Signed distance to the face: an ellipse above, narrower towards the chin."""
     lower = np.maximum(head.y, 0) * (1 / person.height)
     width = person.width * (1 - person.jaw * lower * lower + 0.10 * person.jaw * lower)
-    height = np.where(head.y > 0, person.height, 0.93 * person.height)
+    height = np.where(head.y > 0, np.float32(person.height), np.float32(0.93 * person.height))
     return ellipse(head.x, head.y, width, height)
 
 
