@@ -38,10 +38,10 @@ def track(items: Iterable[Item], description: str, total: int | None = None) -> 
 def training_line(metrics: Mapping[str, float], images_seen: int, total_images: int) -> str:
     """The status line of one log interval; its columns stand below each other.
 
-    Reads `train/bits_per_dim`, `train/kl_nats` and `train/images_per_second`, of which the
+    Reads `train/bits_per_dim`, `train/kl_nats` and `speed/images_per_second`, of which the
     remaining time follows; what is absent is a dash.
     """
-    rate = metrics.get("train/images_per_second")
+    rate = metrics.get("speed/images_per_second")
     remaining = (total_images - images_seen) / rate if rate else None
     digits = len(f"{total_images:,}")
     columns = [

@@ -22,9 +22,9 @@ def test_a_piped_table_is_complete_and_separated_by_tabs(capsys):
 
 
 def test_training_lines_stand_below_each_other():
-    first = training_line({"train/bits_per_dim": 12.3456, "train/images_per_second": 9.5}, 160, 4800)
+    first = training_line({"train/bits_per_dim": 12.3456, "speed/images_per_second": 9.5}, 160, 4800)
     last = training_line(
-        {"train/bits_per_dim": 2.1, "train/kl_nats": 1234.5, "train/images_per_second": 118.04}, 4800, 4800
+        {"train/bits_per_dim": 2.1, "train/kl_nats": 1234.5, "speed/images_per_second": 118.04}, 4800, 4800
     )
     assert len(first) == len(last)
     assert first.index("bits/dim") == last.index("bits/dim")
