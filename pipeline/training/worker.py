@@ -45,8 +45,8 @@ class Worker(Protocol):
     def barrier(self) -> None:
         """Returns when every rank has called it."""
 
-    def report(self, metrics: Mapping[str, float], checkpoint: str | None) -> None:
-        """Tells whoever started the worker how far it is, and the URL of a new checkpoint.
+    def report(self, metrics: Mapping[str, float]) -> None:
+        """Tells whoever started the worker how far it is.
 
         Every rank must call it equally often.
         """
@@ -104,10 +104,16 @@ class LocalWorker:
     world_size = 1
     job = "local"
 
-    def __init__(self, device: torch.device | None = None) -> None:
-        """`device`: by default the first CUDA device, or the CPU where there is none."""
+    def __init__(
+        self, device: torch.device | None = None, asked_to_stop: Callable[[], bool] = lambda: False
+    ) -> None:
+        """`device`: by default the first CUDA device, or the CPU where there is none.
+
+        `asked_to_stop` tells of wishes that come by other ways than a signal.
+        """
         self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._signals = StopSignals()
+        self._asked_to_stop = asked_to_stop
 
     def __enter__(self) -> Self:
         self._signals.__enter__()
@@ -127,11 +133,11 @@ class LocalWorker:
     def barrier(self) -> None:
         return None
 
-    def report(self, metrics: Mapping[str, float], checkpoint: str | None) -> None:
+    def report(self, metrics: Mapping[str, float]) -> None:
         """Nobody started this worker but its own process, which knows everything already."""
 
     def stop_requested(self) -> bool:
-        return self._signals.received
+        return self._signals.received or self._asked_to_stop()
 
     def say(self, line: str) -> None:
         print(line, flush=True)
