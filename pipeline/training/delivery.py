@@ -162,6 +162,8 @@ def _experiment(client: Any, tracking_uri: str, name: str) -> str:
 def _client(tracking_uri: str) -> Any:
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    # It would announce every single retry; an outage is one warning of ours.
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
     from mlflow import MlflowClient
 
     database = _database(tracking_uri)

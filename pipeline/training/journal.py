@@ -219,15 +219,25 @@ class Journal(StoredJournal):
 
     def _append(self, line: bytes) -> None:
         """Appends to the open segment, or to a new one if there is none or it is full."""
-        name = f"{self._attempt:03d}-{self._number:05d}.jsonl"
         if self._file is None:
-            # "x": whoever else notes under this number must never share a file with us.
-            self._file = (self._folder / "journal" / name).open("xb", buffering=0)
+            self._file = self._new_segment()
         if self._file.write(line) != len(line):
             raise OSError("the disk took only a part of a line")
+        name = self._segment()
         self._written[name] = self._written.get(name, 0) + len(line)
         if self._written[name] >= SEGMENT_BYTES:
             self._leave_segment()
+
+    def _segment(self) -> str:
+        return f"{self._attempt:03d}-{self._number:05d}.jsonl"
+
+    def _new_segment(self) -> BinaryIO:
+        while True:
+            try:
+                # "x": whoever else notes under this attempt must never share a file with us.
+                return (self._folder / "journal" / self._segment()).open("xb", buffering=0)
+            except FileExistsError:
+                self._number += 1
 
     def _leave_segment(self) -> None:
         if self._file is not None:

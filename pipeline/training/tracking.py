@@ -48,11 +48,15 @@ logger = logging.getLogger(__name__)
 class Tracker(Protocol):
     """Where a training says how it goes. Nothing here raises for an outage, or waits for one."""
 
+    @property
+    def run_id(self) -> str:
+        """The MLflow run that points are delivered to; "" while MLflow was never reached."""
+
     def log(self, metrics: Mapping[str, float], at: int) -> None:
         """One point of each named curve, at that many images seen. Not finite is allowed."""
 
-    def picture(self, name: str, png: bytes, at: int) -> None:
-        """A PNG that belongs to this moment."""
+    def picture(self, name: str, png: bytes, at: int) -> str:
+        """A PNG that belongs to this moment; returns its path below the run's folder."""
 
     def file(self, name: str, data: bytes) -> None:
         """A small file; `name` may have folders."""
@@ -70,11 +74,14 @@ class Tracker(Protocol):
 class NullTracker:
     """The tracker of the ranks that do not track."""
 
+    run_id = ""
+
     def log(self, metrics: Mapping[str, float], at: int) -> None:
         """Nothing is noted."""
 
-    def picture(self, name: str, png: bytes, at: int) -> None:
+    def picture(self, name: str, png: bytes, at: int) -> str:
         """Nothing is noted."""
+        return ""
 
     def file(self, name: str, data: bytes) -> None:
         """Nothing is noted."""
@@ -178,7 +185,12 @@ class RunTracker:
         self._journal = Journal(run_url, attempt)
         delivery = Delivery(tracking_uri, description, run_id, self._journal.read_file)
         self._courier = _Courier(self._journal, delivery, tracking_uri)
+        self._delivered: bool | None = None
         self._courier.start()
+
+    @property
+    def run_id(self) -> str:
+        return self._courier.run_id
 
     def __enter__(self) -> Self:
         return self
@@ -192,10 +204,11 @@ class RunTracker:
         values = {name: json_number(float(value)) for name, value in metrics.items()}
         self._journal.note("metrics", at=at, values=values)
 
-    def picture(self, name: str, png: bytes, at: int) -> None:
+    def picture(self, name: str, png: bytes, at: int) -> str:
         path = f"pictures/{name}-{at:012d}.png"
         if self._journal.attach(path, png):
             self._journal.note("artifact", path=path, folder="pictures")
+        return path
 
     def file(self, name: str, data: bytes) -> None:
         path = f"files/{name}"
@@ -214,18 +227,22 @@ class RunTracker:
     def close(self, timeout_seconds: float = 30.0) -> bool:
         """Makes the journal durable and delivers what is left, for at most that long.
 
-        Returns whether MLflow has everything. What it has not is in the journal.
+        Returns whether MLflow has everything. What it has not is in the journal. A second
+        call does nothing but return the same.
         """
-        self._journal.sync()
-        delivered = self._courier.finish(timeout_seconds)
+        if self._delivered is not None:
+            return self._delivered
+        # Only durable lines are delivered: without the copy some would be missing.
+        durable = self._journal.sync()
+        self._delivered = self._courier.finish(timeout_seconds) and durable
         self._journal.close()
-        if not delivered:
+        if not self._delivered:
             logger.warning(
                 "MLflow does not have the whole curves of %s; they are in its journal, and are delivered "
                 "when the run goes on or is replayed.",
                 self._journal.run_url,
             )
-        return delivered
+        return self._delivered
 
 
 class _Courier(threading.Thread):
@@ -243,6 +260,10 @@ class _Courier(threading.Thread):
         self._remembered: dict[str, int] = {}
         self._remembered_at = 0.0
         self._all_delivered = False
+
+    @property
+    def run_id(self) -> str:
+        return self._delivery.run_id
 
     def finish(self, timeout_seconds: float) -> bool:
         """Waits until everything is delivered, at most that long; whether it is."""
@@ -349,6 +370,9 @@ def _read_description(run_url: str) -> RunDescription | None:
 
 
 def _in_short(error: Exception) -> str:
-    """The first line of an error, without secrets: MLflow's go on for pages."""
-    lines = str(error).strip().splitlines()
-    return redact(f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__)
+    """What is at the bottom of an error, in one line without secrets; MLflow's own go on for pages."""
+    root: BaseException = error
+    while root.__cause__ or root.__context__:
+        root = root.__cause__ or root.__context__ or root
+    text = " ".join(str(root).split())
+    return redact(f"{type(root).__name__}: {text[:200]}")

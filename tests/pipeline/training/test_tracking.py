@@ -1,0 +1,471 @@
+import logging
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline import storage
+from pipeline.training import delivery
+from pipeline.training.delivery import TrackingError, redact
+from pipeline.training.journal import Journal
+from pipeline.training.tracking import (
+    NullTracker,
+    RunTracker,
+    Tracker,
+    create_run,
+    default_tracking_uri,
+    replay,
+)
+
+PNG = b"\x89PNG not really"
+
+
+@pytest.fixture(scope="module")
+def sqlite(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """One database for all tests: making its tables takes seconds."""
+    return default_tracking_uri(str(tmp_path_factory.mktemp("store")))
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> str:
+    return str(tmp_path / "runs" / "faces")
+
+
+def create(tracking_uri: str, run: str, **changes: Any) -> str:
+    arguments = {
+        "run_url": run,
+        "experiment": "nvae",
+        "run_name": "faces",
+        "parameters": {"train.seed": 1, "objective.spectral_coefficient": 0.01},
+        "tags": {"data.hash": "abc"},
+    }
+    return create_run(tracking_uri, **(arguments | changes))
+
+
+def client(tracking_uri: str) -> Any:
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=tracking_uri)
+
+
+def points(tracking_uri: str, run_id: str, name: str) -> list[tuple[int, float]]:
+    """(images seen, value) of every point that MLflow stores, doubled ones twice."""
+    history = client(tracking_uri).get_metric_history(run_id, name)
+    return sorted((metric.step, metric.value) for metric in history)
+
+
+def artifacts(tracking_uri: str, run_id: str, folder: str) -> set[str]:
+    return {file.path for file in client(tracking_uri).list_artifacts(run_id, folder)}
+
+
+# -- making a run -----------------------------------------------------------------------
+
+
+def test_parameters_and_tags_are_in_mlflow_under_their_own_names(sqlite: str, run: str) -> None:
+    parameters = {
+        "train.seed": 1,
+        "data.root": "s3://bucket/faces",
+        "data.horizontal_flip": True,
+        "train.micro_batch_size": None,
+        "model.groups_per_scale": [4, 4, 8],
+        "objective.spectral_coefficient": 1e-5,
+        **{f"many.number_{i}": i for i in range(250)},
+    }
+    run_id = create(sqlite, run, parameters=parameters)
+    found = client(sqlite).get_run(run_id)
+    assert found.data.params == {
+        "train.seed": "1",
+        "data.root": "s3://bucket/faces",
+        "data.horizontal_flip": "true",
+        "train.micro_batch_size": "null",
+        "model.groups_per_scale": "[4, 4, 8]",
+        "objective.spectral_coefficient": "1e-05",
+        **{f"many.number_{i}": str(i) for i in range(250)},
+    }
+    assert found.data.tags["data.hash"] == "abc"
+    assert found.info.run_name == "faces"
+    assert found.info.status == "RUNNING"
+
+
+def test_a_run_that_is_created_again_is_the_same_and_keeps_its_parameters(sqlite: str, run: str) -> None:
+    run_id = create(sqlite, run)
+    client(sqlite).set_terminated(run_id, "KILLED")
+    again = create(sqlite, run, parameters={"train.seed": 2, "train.precision": "bf16"}, tags={"code": "2"})
+    assert again == run_id
+    found = client(sqlite).get_run(run_id)
+    assert found.data.params["train.seed"] == "1"
+    assert found.data.params["train.precision"] == "bf16"
+    assert found.data.tags["code"] == "2"
+    assert found.info.status == "RUNNING"
+
+
+def test_values_that_are_too_long_for_mlflow_are_cut(sqlite: str, run: str) -> None:
+    run_id = create(sqlite, run, parameters={"long": "x" * 7000}, tags={"long": "y" * 9000})
+    found = client(sqlite).get_run(run_id)
+    assert found.data.params["long"] == "x" * 5999 + "…"
+    assert len(found.data.tags["long"]) == 8000
+
+
+def test_runs_of_the_same_name_in_different_folders_are_different_runs(sqlite: str, tmp_path: Path) -> None:
+    assert create(sqlite, str(tmp_path / "a")) != create(sqlite, str(tmp_path / "b"))
+
+
+def test_artifacts_of_a_local_store_lie_beside_its_database(sqlite: str, run: str) -> None:
+    found = client(sqlite).get_run(create(sqlite, run))
+    store = Path(sqlite.removeprefix("sqlite:///")).parent
+    assert found.info.artifact_uri.startswith((store / "mlartifacts").as_uri())
+
+
+def test_the_default_tracking_server_is_a_file_beside_a_local_store() -> None:
+    assert default_tracking_uri("/data/store") == "sqlite:////data/store/mlflow.db"
+    assert default_tracking_uri("s3://bucket/store") == f"sqlite:///{Path.cwd()}/nvae-store/mlflow.db"
+
+
+@pytest.mark.parametrize("uri", ["", "htp://host", "mlflow", "pipe:touch x", "s3://bucket"])
+def test_an_address_that_mlflow_cannot_have_is_the_users_mistake(uri: str, run: str) -> None:
+    with pytest.raises(TrackingError, match="no address of MLflow"):
+        create(uri, run)
+
+
+# -- secrets ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("https://user:pa55word@host/x", "https://host/x"),
+        ("no https://tok3n@host and s3://a:b@c/d", "no https://host and s3://c/d"),
+        ("https://h/x?X-Amz-Signature=abc&y=1", "https://h/x?X-Amz-Signature=***&y=1"),
+        ("https://h/x?y=1&AWSAccessKeyId=abc", "https://h/x?y=1&AWSAccessKeyId=***"),
+        ("mail me@example.org", "mail me@example.org"),
+        ("s3://bucket/faces256", "s3://bucket/faces256"),
+    ],
+)
+def test_passwords_and_signatures_are_left_out(text: str, expected: str) -> None:
+    assert redact(text) == expected
+
+
+def test_no_secret_reaches_mlflow_or_the_journal(sqlite: str, run: str) -> None:
+    secret = "hunter2"
+    url = f"https://me:{secret}@host/data?token={secret}"
+    run_id = create(sqlite, run, parameters={"data.root": url, "list": [url]}, tags={"from": url})
+    with RunTracker(run, 1, sqlite, run_id) as tracker:
+        tracker.tag("source", url)
+    found = client(sqlite).get_run(run_id)
+    assert secret not in f"{found.data.params} {found.data.tags}"
+    for file in Path(run).rglob("*"):
+        assert file.is_dir() or secret.encode() not in file.read_bytes(), file
+
+
+# -- delivery ---------------------------------------------------------------------------
+
+
+def test_points_pictures_files_tags_and_the_end_arrive(sqlite: str, run: str) -> None:
+    run_id = create(sqlite, run)
+    with RunTracker(run, 1, sqlite, run_id) as tracker:
+        for at in (100, 200, 300):
+            tracker.log({"train/loss": at / 100, "train/kl_nats/group_03": 0.5}, at=at)
+        tracker.log({"validation/bits_per_dim": math.nan, "train/gradient_norm": math.inf}, at=300)
+        tracker.picture("samples", PNG, at=300)
+        tracker.file("model/config.json", b"{}")
+        tracker.tag("ray.job", "first")
+        tracker.tag("ray.job", "second")
+        tracker.status("FINISHED")
+    assert points(sqlite, run_id, "train/loss") == [(100, 1.0), (200, 2.0), (300, 3.0)]
+    assert points(sqlite, run_id, "train/kl_nats/group_03") == [(100, 0.5), (200, 0.5), (300, 0.5)]
+    found = client(sqlite).get_run(run_id)
+    assert math.isnan(found.data.metrics["validation/bits_per_dim"])
+    assert found.data.metrics["train/gradient_norm"] > 1e300
+    assert found.data.tags["ray.job"] == "second"
+    assert found.info.status == "FINISHED"
+    assert artifacts(sqlite, run_id, "pictures") == {"pictures/samples-000000000300.png"}
+    assert artifacts(sqlite, run_id, "model") == {"model/config.json"}
+    assert (Path(run) / "pictures" / "samples-000000000300.png").read_bytes() == PNG
+
+
+def test_delivering_everything_again_stores_nothing_twice(sqlite: str, run: str) -> None:
+    run_id = create(sqlite, run)
+    with RunTracker(run, 1, sqlite, run_id) as tracker:
+        for at in range(600):
+            tracker.log(
+                {"train/loss": math.nan if at == 7 else 1.0 / (at + 1), "train/nelbo_nats": 1.0}, at=at
+            )
+    storage.delete(storage.join(run, "journal", "delivered.json"))
+    RunTracker(run, 2, sqlite, run_id).close()
+    assert replay(run, sqlite) == 1200
+    assert len(points(sqlite, run_id, "train/loss")) == 600
+    assert len(points(sqlite, run_id, "train/nelbo_nats")) == 600
+
+
+def test_points_that_a_later_launch_computes_again_are_dropped(sqlite: str, run: str) -> None:
+    run_id = create(sqlite, run)
+    with RunTracker(run, 1, sqlite, run_id) as tracker:
+        for at in (100, 200, 300):
+            tracker.log({"train/loss": 1.0}, at=at)
+    with RunTracker(run, 2, sqlite, run_id) as tracker:
+        for at in (200, 300, 400):
+            tracker.log({"train/loss": 2.0, "train/nelbo_nats": 3.0}, at=at)
+    assert points(sqlite, run_id, "train/loss") == [(100, 1.0), (200, 1.0), (300, 1.0), (400, 2.0)]
+    assert points(sqlite, run_id, "train/nelbo_nats") == [(200, 3.0), (300, 3.0), (400, 3.0)]
+
+
+def test_that_an_earlier_launch_was_killed_does_not_end_the_run_of_a_later_one(sqlite: str, run: str) -> None:
+    run_id = create(sqlite, run)
+    first = Journal(run, 1)  # A launch that could deliver nothing.
+    first.note("metrics", at=100, values={"train/loss": 1.0})
+    first.note("status", value="KILLED")
+    first.close()
+    with RunTracker(run, 2, sqlite, run_id) as tracker:
+        tracker.log({"train/loss": 2.0}, at=200)
+    assert points(sqlite, run_id, "train/loss") == [(100, 1.0), (200, 2.0)]
+    assert client(sqlite).get_run(run_id).info.status == "RUNNING"
+
+
+def test_what_mlflow_refuses_for_good_is_left_out_and_the_rest_arrives(
+    sqlite: str, run: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_id = create(sqlite, run)
+    with RunTracker(run, 1, sqlite, run_id) as tracker:
+        for at in (1, 2):
+            tracker.log({"train/loss": 1.0, "what?": 2.0, "train/nelbo_nats": 3.0}, at=at)
+        tracker.tag("x" * 300, "too long a key")
+        tracker.tag("code.version", "1")
+    assert points(sqlite, run_id, "train/loss") == [(1, 1.0), (2, 1.0)]
+    assert points(sqlite, run_id, "train/nelbo_nats") == [(1, 3.0), (2, 3.0)]
+    assert client(sqlite).get_run(run_id).data.tags["code.version"] == "1"
+    assert caplog.text.count("MLflow refuses what?") == 1
+
+
+KILLED = """
+import os, signal, sys
+from pipeline.training.tracking import RunTracker
+tracker = RunTracker(sys.argv[1], 1, sys.argv[2], sys.argv[3])
+for at in range(400):
+    tracker.log({"train/loss": float(at)}, at=at)
+tracker.picture("samples", b"png", at=400)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_after_a_kill_the_next_launch_delivers_what_the_killed_one_noted(sqlite: str, run: str) -> None:
+    run_id = create(sqlite, run)
+    died = subprocess.run([sys.executable, "-c", KILLED, run, sqlite, run_id], timeout=60)
+    assert died.returncode == -signal.SIGKILL
+    with RunTracker(run, 2, sqlite, run_id) as tracker:
+        tracker.log({"train/loss": 0.5}, at=399)
+        tracker.log({"train/loss": 400.0}, at=400)
+    assert points(sqlite, run_id, "train/loss") == [(at, float(at)) for at in range(401)]
+    assert artifacts(sqlite, run_id, "pictures") == {"pictures/samples-000000000400.png"}
+
+
+def test_a_journal_can_be_replayed_to_a_server_that_never_heard_of_the_run(
+    sqlite: str, run: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    nowhere = "http://127.0.0.1:9"
+    with caplog.at_level(logging.WARNING):
+        assert create(nowhere, run) == ""
+        with RunTracker(run, 1, nowhere) as tracker:
+            tracker.log({"train/loss": 1.0}, at=100)
+            tracker.picture("samples", PNG, at=100)
+            tracker.status("FINISHED")
+            tracker.close(timeout_seconds=0)
+    assert "Training goes on" in caplog.text
+    with pytest.raises(TrackingError, match="did not take the journal"):
+        replay(run, nowhere)
+    assert replay(run, sqlite) == 1
+    run_id = create(sqlite, run)  # Finds the run that the replay made, and says that it goes on.
+    assert replay(run, sqlite) == 1
+    assert points(sqlite, run_id, "train/loss") == [(100, 1.0)]
+    assert artifacts(sqlite, run_id, "pictures") == {"pictures/samples-000000000100.png"}
+    assert client(sqlite).get_run(run_id).info.status == "FINISHED"
+
+
+def test_a_folder_without_journal_has_nothing_to_replay(sqlite: str, run: str) -> None:
+    with pytest.raises(TrackingError, match="is it the folder of a run"):
+        replay(run, sqlite)
+
+
+def test_a_run_on_a_real_object_store_is_delivered_and_continued_elsewhere(sqlite: str, s3: str) -> None:
+    run = storage.join(s3, f"runs/tracked-{os.getpid()}")
+    run_id = create(sqlite, run)
+    with RunTracker(run, 1, sqlite, run_id) as tracker:
+        tracker.log({"train/loss": 1.0}, at=100)
+        tracker.picture("samples", PNG, at=100)
+        assert tracker.sync()
+    with RunTracker(run, 2, sqlite, run_id) as tracker:
+        tracker.log({"train/loss": 9.0}, at=100)
+        tracker.log({"train/loss": 2.0}, at=200)
+    assert points(sqlite, run_id, "train/loss") == [(100, 1.0), (200, 2.0)]
+    assert artifacts(sqlite, run_id, "pictures") == {"pictures/samples-000000000100.png"}
+
+
+def test_ranks_that_do_not_track_accept_every_call() -> None:
+    tracker: Tracker = NullTracker()
+    tracker.log({"train/loss": 1.0}, at=1)
+    tracker.picture("samples", PNG, at=1)
+    tracker.file("x", b"")
+    tracker.tag("x", "y")
+    tracker.status("FINISHED")
+    assert tracker.sync()
+
+
+# -- outages of a real server -----------------------------------------------------------
+
+
+class Gate:
+    """A TCP door in front of a server: shut, it cuts every connection; it can also answer 503."""
+
+    def __init__(self, target: int) -> None:
+        self._target = target
+        self.state = "open"
+        self._connections: list[socket.socket] = []
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def set(self, state: str) -> None:
+        self.state = state
+        for connection in self._connections:
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+        self._connections.clear()
+
+    def close(self) -> None:
+        self.set("shut")
+        self._listener.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            if self.state == "open":
+                server = socket.create_connection(("127.0.0.1", self._target))
+                self._connections += [client, server]
+                for pair in ((client, server), (server, client)):
+                    threading.Thread(target=self._pump, args=pair, daemon=True).start()
+            elif self.state == "503":
+                threading.Thread(target=self._refuse, args=(client,), daemon=True).start()
+            else:
+                client.close()
+
+    @staticmethod
+    def _pump(source: socket.socket, target: socket.socket) -> None:
+        with suppress(OSError):
+            while data := source.recv(65536):
+                target.sendall(data)
+        for end in (source, target):
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    @staticmethod
+    def _refuse(client: socket.socket) -> None:
+        with suppress(OSError), client:
+            client.recv(65536)
+            client.sendall(
+                b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 4\r\nConnection: close\r\n\r\nbusy"
+            )
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+        return port
+
+
+@pytest.fixture(scope="module")
+def gate(tmp_path_factory: pytest.TempPathFactory, sqlite: str) -> Iterator[Gate]:
+    """A real MLflow server behind a gate, on the tables that are there already."""
+    port, folder = free_port(), tmp_path_factory.mktemp("server")
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--workers", "1", "--backend-store-uri", sqlite]
+    command += ["--artifacts-destination", str(folder / "artifacts")]
+    environment = os.environ | {
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+    }
+    with (folder / "log").open("w") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", port), timeout=1).close()
+                break
+            except OSError:
+                assert server.poll() is None and time.monotonic() < deadline, (folder / "log").read_text()
+                time.sleep(0.1)
+        gate = Gate(port)
+        yield gate
+        gate.close()
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(30)
+
+
+def test_a_server_that_is_away_at_the_start_in_the_middle_and_busy_gets_every_point_once(
+    gate: Gate, run: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    caplog.set_level(logging.WARNING)
+    gate.set("shut")
+    # An experiment of its own: its artifacts go through the server.
+    assert create(gate.url, run, experiment="served") == ""
+    tracker = RunTracker(run, 1, gate.url)
+    slowest = 0.0
+    for at in range(300):
+        if at in (50, 150):
+            gate.set("open")
+        if at == 100:
+            gate.set("503")
+        began = time.perf_counter()
+        tracker.log({"train/loss": float(at), "train/nelbo_nats": math.nan}, at=at)
+        slowest = max(slowest, time.perf_counter() - began)
+        time.sleep(0.02)
+    tracker.picture("samples", PNG, at=600)
+    tracker.status("FINISHED")
+    assert tracker.close(timeout_seconds=60)
+    run_id = tracker.run_id
+    assert points(gate.url, run_id, "train/loss") == [(at, float(at)) for at in range(300)]
+    assert len(points(gate.url, run_id, "train/nelbo_nats")) == 300
+    assert artifacts(gate.url, run_id, "pictures") == {"pictures/samples-000000000600.png"}
+    found = client(gate.url).get_run(run_id)
+    assert (found.info.status, found.data.params["train.seed"]) == ("FINISHED", "1")
+    assert slowest < 0.1  # Noting takes 0.1 ms; a busy machine may suspend the thread.
+    assert 1 <= caplog.text.count("does not take the curves") <= 3
+
+
+def test_a_server_that_stays_away_delays_the_end_by_no_more_than_was_allowed(
+    gate: Gate, run: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    run_id = create(gate.url, run, experiment="served")
+    tracker = RunTracker(run, 1, gate.url, run_id)
+    gate.set("shut")
+    tracker.log({"train/loss": 1.0}, at=1)
+    began = time.monotonic()
+    assert not tracker.close(timeout_seconds=0.5)
+    assert time.monotonic() - began < 3
+    assert "are in its journal" in caplog.text
+    gate.set("open")
+    with RunTracker(run, 2, gate.url, run_id) as tracker:
+        tracker.log({"train/loss": 2.0}, at=2)
+    assert points(gate.url, run_id, "train/loss") == [(1, 1.0), (2, 2.0)]
+
+
+def test_mlflow_is_imported_by_the_delivery_alone() -> None:
+    assert delivery.__name__ in sys.modules
+    code = "import sys, pipeline.training.tracking; sys.exit('mlflow' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
