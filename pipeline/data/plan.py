@@ -10,9 +10,10 @@ left out. A batch may straddle two epochs: there is no tail.
    would hold the same samples in every epoch.)
 2. The line is cut into C contiguous segments, one for each lane; position P belongs to lane
    P mod C, always. Any C consecutive positions come from C distant places.
-3. Within its segment a lane shuffles windows of w consecutive samples. A window is read as a
-   few byte ranges, so reading is sequential and memory is bounded. Lanes end their first
-   windows at different times; otherwise all would fetch their next one at the same moment.
+3. A lane cuts its segment into windows of w consecutive samples, visits them in random order,
+   and shuffles the samples of each. A window is read as a few byte ranges, so requests are large
+   and memory is bounded. Lanes end their first windows at different times; otherwise all would
+   fetch their next one at the same moment.
 4. A global batch is the next B positions. If W divides C and C divides B, rank r takes the
    lanes [rC/W, (r+1)C/W), and each window is read by one rank. Otherwise each rank takes a
    contiguous share of the batch, and a window may be read by up to W ranks.
@@ -92,12 +93,14 @@ class Stream:
         steps = (positions - first_position) // self.lanes
         windows = self._windows(lanes, lengths, steps)
         line = np.empty_like(positions)
+        begins = np.empty_like(positions)
         for i in range(len(positions)):
-            number, begin, end, step = (int(row[i]) for row in windows)
-            order = _window_order(self.seed, epoch, int(lanes[i]), number, end - begin)
-            line[i] = segments[i] + begin + order[step]
-        window_begin, window_end = segments + windows[1], segments + windows[2]
-        shards, samples, firsts, ends = self._on_the_ring(epoch, line, window_begin, window_end)
+            number, size, step, first_size = (int(row[i]) for row in windows)
+            key = (self.seed, epoch, int(lanes[i]))
+            places = _window_places(key, int(lengths[i]), first_size, self.window)
+            begins[i] = segments[i] + places[number]
+            line[i] = begins[i] + _window_order(key, number, size)[step]
+        shards, samples, firsts, ends = self._on_the_ring(epoch, line, begins, begins + windows[1])
         # More windows than one lane can have in an epoch lie between two epochs' numbers.
         numbers = epoch * (self.samples + 2) + windows[0]
         return np.stack([shards, samples, lanes, numbers, firsts, ends])
@@ -113,14 +116,15 @@ class Stream:
         return lanes * shortest + before, shortest + has_more.astype(np.int64)
 
     def _windows(self, lanes: Integers, lengths: Integers, steps: Integers) -> Integers:
-        """(4, b): window number, its begin and end in the segment, and the step within it."""
+        """(4, b): number of the window in the order of visits, its size, the step within it, and
+        the size of the lane's first window."""
         w = self.window
-        staggered = 1 + (lanes * w) // self.lanes
-        first_end = np.where(lengths <= w, lengths, np.minimum(staggered, w))
-        numbers = np.where(steps < first_end, 0, 1 + (steps - first_end) // w)
-        begins = np.where(numbers == 0, 0, first_end + (numbers - 1) * w)
-        ends = np.where(numbers == 0, first_end, np.minimum(begins + w, lengths))
-        return np.stack([numbers, begins, ends, steps - begins])
+        staggered = np.minimum(1 + (lanes * w) // self.lanes, w)
+        first_sizes = np.where(lengths <= w, lengths, staggered)
+        numbers = np.where(steps < first_sizes, 0, 1 + (steps - first_sizes) // w)
+        done = np.where(numbers == 0, 0, first_sizes + (numbers - 1) * w)
+        sizes = np.where(numbers == 0, first_sizes, np.minimum(w, lengths - done))
+        return np.stack([numbers, sizes, steps - done, first_sizes])
 
     def _on_the_ring(
         self, epoch: int, line: Integers, begin: Integers, end: Integers
@@ -190,5 +194,19 @@ def contiguous_share(total: int, *, rank: int, world_size: int) -> range:
 
 
 @lru_cache(maxsize=4 * MOST_LANES)
-def _window_order(seed: int, epoch: int, lane: int, window: int, size: int) -> Integers:
-    return permutation(size, seed, "window", epoch, lane, window)
+def _window_places(key: tuple[int, ...], length: int, first_size: int, window: int) -> Integers:
+    """Where in a segment of `length` samples each window begins, by the order of visits."""
+    later = -(-(length - first_size) // window)
+    sizes = np.full(1 + later, window, np.int64)
+    sizes[0] = first_size
+    if later:
+        sizes[-1] = length - first_size - (later - 1) * window
+    order = permutation(len(sizes), "windows", *key)
+    begins = np.empty_like(sizes)
+    begins[order] = np.cumsum(sizes[order]) - sizes[order]
+    return begins
+
+
+@lru_cache(maxsize=4 * MOST_LANES)
+def _window_order(key: tuple[int, ...], window: int, size: int) -> Integers:
+    return permutation(size, "window", *key, window)
