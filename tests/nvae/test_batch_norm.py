@@ -17,12 +17,9 @@ from nvae.batch_norm import (
     recomputed,
     set_activation_checkpointing,
 )
+from tests.nvae.tiny import seeded
 
 ACTIVATIONS = {"none": lambda y: y, "swish": F.silu, "elu": F.elu}
-
-
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def images(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:

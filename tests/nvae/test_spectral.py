@@ -16,10 +16,7 @@ from nvae.spectral import (
     normalize,
     singular_values,
 )
-
-
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+from tests.nvae.tiny import seeded
 
 
 class Layers(nn.Module):

@@ -12,10 +12,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
 from nvae.distributions import Noise
+from nvae.objective import balance
 from nvae.step import Coefficients, StepSettings, make_ema, make_optimizer, update
 from tests.nvae.tiny import normal_noise, stored_images, tiny_config, tiny_model
 
 UPDATES = 2
+KL = torch.tensor([[1.0, 2.0, 3.0], [30.0, 5.0, 1.0]])
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,10 @@ def train(scenario: Scenario, rank: int) -> dict[str, Any]:
     """The updates of one rank: results, and the state after them."""
     network = tiny_model(**scenario.model).double()
     network.set_activation_checkpointing(scenario.activation_checkpointing)
-    model: nn.Module = DistributedDataParallel(network) if dist.is_initialized() else network
+    model: nn.Module = network
+    if dist.is_initialized():
+        # Nothing is broadcast: statistics and singular vectors must come out alike by themselves.
+        model = DistributedDataParallel(network, broadcast_buffers=False)
     optimizer, ema = make_optimizer(network, 3e-4), make_ema(network, 0.9)
     parts = scenario.shares[rank]
     images = tuple(image for part in parts for image in part)
@@ -96,7 +101,10 @@ def train(scenario: Scenario, rank: int) -> dict[str, Any]:
 def run_rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    found = {name: train(scenario, rank) for name, scenario in SCENARIOS.items()}
+    found: dict[str, Any] = {name: train(scenario, rank) for name, scenario in SCENARIOS.items()}
+    for compatible in (False, True):
+        config = tiny_config(published_compatibility=compatible)
+        found[f"balance, {compatible}"] = balance(KL[rank : rank + 1], torch.ones(1), config)
     torch.save(found, Path(folder) / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
@@ -132,3 +140,10 @@ def test_no_rank_moves_if_one_is_not_finite(two_ranks):
         found = rank["not finite on one rank"]
         assert not any(result["finite"] for result in found["results"])
         assert_close(found["model"], untouched, rtol=0, atol=0)
+
+
+def test_the_balance_is_that_of_all_ranks_except_with_published_compatibility(two_ranks):
+    config = tiny_config()
+    for rank, found in enumerate(two_ranks):
+        assert_close(found["balance, False"], balance(KL, torch.ones(2), config))
+        assert_close(found["balance, True"], balance(KL[rank : rank + 1], torch.ones(1), config))
