@@ -1,20 +1,24 @@
 """`nvae shards`: data sets, as the command line shows them."""
 
+import time
 from collections import Counter
 from typing import Any
 
 from pipeline import storage
 from pipeline import store as stores
 from pipeline.data import shards, verification
-from pipeline.data.index import Index
+from pipeline.data.index import TRAIN, VALIDATION, Index
+from pipeline.data.survey import Progress
+from pipeline.progress import say
 
 _REJECTIONS_SHOWN = 10
+_PROGRESS_SECONDS = 5.0
 
 
-def build(source: str, target: str, store: str | None, grey: bool, shard_mib: int, **options: Any) -> str:
-    """Build a data set; returns what to tell the user."""
+def build(source: str, target: str, store: str | None, **options: Any) -> str:
+    """Build a data set with the options of `shards.build`; returns what to tell the user."""
     root = stores.data_url(target, stores.locate(store))
-    report = shards.build(source, root, channels=1 if grey else None, shard_bytes=shard_mib << 20, **options)
+    report = shards.build(source, root, progress=_now_and_then(), **options)
     lines = []
     if report.already_there:
         lines.append("Already there, complete; nothing was written.")
@@ -29,7 +33,8 @@ def build(source: str, target: str, store: str | None, grey: bool, shard_mib: in
 
 def verify(root: str, store: str | None, decode: bool) -> list[str]:
     """What is wrong with a data set; nothing if it is whole."""
-    problems = verification.verify(stores.data_url(root, stores.locate(store)), decode_images=decode)
+    url = stores.data_url(root, stores.locate(store))
+    problems = verification.verify(url, decode_images=decode, progress=_now_and_then())
     return [f"{problem.shard}: {problem.what}" for problem in problems]
 
 
@@ -38,8 +43,21 @@ def summary(root: str, store: str | None) -> dict[str, Any]:
     return verification.show(stores.data_url(root, stores.locate(store)))
 
 
+def _now_and_then() -> Progress:
+    """Says how far the work is, every few seconds."""
+    last = time.monotonic()
+
+    def progress(what: str, done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last > _PROGRESS_SECONDS:
+            last = time.monotonic()
+            say(f"{what}: {done:,} of {total:,}")
+
+    return progress
+
+
 def _sentence(index: Index) -> str:
     return (
-        f"{index.root}: {index.num_samples('train'):,} training and {index.num_samples('validation'):,} "
-        f"validation images of {index.image_size}x{index.image_size}"
+        f"{storage.shown(index.root)}: {index.num_samples(TRAIN):,} training and "
+        f"{index.num_samples(VALIDATION):,} validation images of {index.image_size}x{index.image_size}"
     )

@@ -10,6 +10,7 @@ import platform
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -18,10 +19,12 @@ from pipeline import config_file, storage
 from pipeline import store as stores
 from pipeline.data.index import VALIDATION, load_index
 from pipeline.data.loader import check_fits, training_batches
-from pipeline.run import settle
+from pipeline.errors import InputError
+from pipeline.preparation import settle
 
 _DISK_GIB = 5
 _SHM_GIB = 1
+_RAY_SECONDS = 120
 
 
 @dataclass(frozen=True)
@@ -63,8 +66,12 @@ def _result(name: str, check: Callable[[], str]) -> Result:
         return Result(name, True, check())
     except _FailedError as failure:
         return Result(name, False, str(failure), failure.remedy)
+    except InputError as error:
+        return Result(name, False, str(error), "the message says what to do")
     except Exception as error:  # A check that cannot be carried out has failed, whatever stopped it.
-        return Result(name, False, f"{type(error).__name__}: {error}", "see the message")
+        return Result(
+            name, False, f"{type(error).__name__}: {error}", "see what this check needs in the README"
+        )
 
 
 def _python() -> str:
@@ -119,8 +126,14 @@ def _ray() -> str:
     from cluster.launch import ray_connection
 
     with ray_connection(workers=1):
+        version = ray.get(ray.remote(platform.python_version).remote(), timeout=_RAY_SECONDS)
         resources = ray.cluster_resources()
-    return f"{resources.get('CPU', 0):.0f} CPUs, {resources.get('GPU', 0):.0f} GPUs"
+    if version != platform.python_version():
+        raise _FailedError(
+            f"the cluster's workers have Python {version}, this machine {platform.python_version()}",
+            "use the same version on both: what is sent between them cannot be read otherwise",
+        )
+    return f"{resources.get('CPU', 0):.0f} CPUs, {resources.get('GPU', 0):.0f} GPUs; ran a task"
 
 
 def _store(store: str) -> str:
@@ -136,11 +149,13 @@ def _store(store: str) -> str:
 
 def _mlflow(store: str, tracking: str | None) -> str:
     from cluster.models import tracking_uri
-    from pipeline.models.registry import Registry
+    from pipeline.models.registry import MissingDatabaseError, Registry
 
     uri = tracking_uri(store, tracking)
-    names = Registry(uri).names()
-    return f"{storage.shown(uri)}: {len(names)} registered models"
+    try:
+        return f"{storage.shown(uri)}: {len(Registry(uri).names())} registered models"
+    except MissingDatabaseError:
+        return f"{storage.shown(uri)}: not there yet, the first training creates it"
 
 
 def _config(name: str) -> str:
@@ -151,8 +166,9 @@ def _data(name: str, store: str) -> str:
     config = settle(config_file.load(name), store)
     index = load_index(config.data.root)
     check_fits(config, index)
-    batches = training_batches(config, index, rank=0, world_size=1, start=0, stop=config.train.batch_size)
-    images = next(batches).images
+    size = config.train.batch_size
+    with closing(training_batches(config, index, rank=0, world_size=1, start=0, stop=size)) as batches:
+        images = next(batches).images
     return (
         f"{config.data.root}: {index.num_samples('train'):,} training and "
         f"{index.num_samples(VALIDATION):,} validation images; read a batch of {len(images)}"

@@ -5,16 +5,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.training.tracking import default_tracking_uri
-
+from pipeline import storage
 from pipeline import store as stores
-from pipeline.data.index import load_index
+from pipeline.data.index import VALIDATION, load_index
 from pipeline.data.loader import check_fits, evaluation_batches
+from pipeline.errors import InputError
 from pipeline.models import evaluation, sampling
 from pipeline.models.export import RegistryError
 from pipeline.models.registry import Registry, load
 from pipeline.progress import track
+from pipeline.training.tracking import default_tracking_uri
 from pipeline.training.worker import LocalWorker
+
+
+class OutputError(InputError):
+    """A file that cannot be written where the user wants it."""
 
 
 def tracking_uri(store: str | None, tracking: str | None) -> str:
@@ -40,7 +45,8 @@ def evaluate(
     check_fits(config, index)
     worker = LocalWorker()
     batches = evaluation_batches(config, index, rank=0, world_size=1, limit=limit, batch_size=batch_size)
-    count = min(limit or index.num_samples("validation"), index.num_samples("validation"))
+    there = index.num_samples(VALIDATION)
+    count = min(limit or there, there)
     shown = track(batches, "Evaluating", total=-(-count // batch_size))
     return evaluation.evaluate(loaded.model.to(worker.device), config, shown, worker, samples)
 
@@ -57,7 +63,11 @@ def sample(
     store: str | None,
     tracking: str | None,
 ) -> str:
-    """Write a grid of prior samples to `output`; returns what to tell the user."""
+    """Write a grid of prior samples to `output`; returns what to tell the user.
+
+    Raises OutputError before anything is loaded if `output` cannot be written.
+    """
+    _check_writable(output)
     loaded = load(model, tracking_uri(store, tracking))
     network = loaded.model.to(LocalWorker().device)
     if recalibrate and not sampling.recalibrate_batch_norm(network, temperature, seed):
@@ -66,8 +76,18 @@ def sample(
             "sample without --recalibrate."
         )
     images = sampling.sample_images(network, count, temperature, seed, batch_size=batch_size, pixels=pixels)
-    output.write_bytes(sampling.png(sampling.grid(images)))
+    storage.write_bytes(str(output), sampling.png(sampling.grid(images)))
     return f"{count} images of {model} at temperature {temperature}, seed {seed}: {output}"
+
+
+def _check_writable(output: Path) -> None:
+    folder = output.absolute().parent
+    if not folder.is_dir():
+        raise OutputError(
+            f"{output} cannot be written: there is no folder {folder}. Make it, or name another."
+        )
+    if not os.access(output if output.exists() else folder, os.W_OK):
+        raise OutputError(f"{output} cannot be written: you lack the permission. Name another place.")
 
 
 def versions(name: str | None, store: str | None, tracking: str | None) -> Iterator[dict[str, Any]]:

@@ -6,18 +6,17 @@ from typing import Any
 from pipeline import run_folder, settings
 from pipeline import store as stores
 from pipeline.run_folder import RunRecord
-from pipeline.training.checkpoint import checkpoints
+from pipeline.training.checkpoint import checkpoints, images_saved
 
 
 def listing(store: str | None) -> Iterator[dict[str, Any]]:
     """A row for each run, the newest first."""
     located = stores.locate(store)
     for record in run_folder.all_records(located):
-        saved = checkpoints(run_folder.folder(located, record.name))
         yield {
             "name": record.name,
             "state": _state(located, record),
-            "images_seen": saved[0].images_seen if saved else 0,
+            "images_seen": images_saved(run_folder.folder(located, record.name)),
             "total_images": record.config["train"]["total_images"],
             "bits_per_dim": record.result.get("metrics", {}).get("validation/bits_per_dim"),
             "model": record.result.get("model"),
@@ -41,7 +40,7 @@ def describe(name: str, store: str | None) -> dict[str, Any]:
         "data_hash": record.data_hash,
         "parent": record.parent,
         **{
-            f"launch {number}": f"{launch.started} on {launch.host}, {launch.workers} workers"
+            f"launch {number}": f"{launch.started} on {launch.host}, {launch.workers} worker(s)"
             for number, launch in enumerate(record.launches, start=1)
         },
         **{f"checkpoint {saved.images_seen:,} images": saved.url for saved in checkpoints(url)},
@@ -60,6 +59,13 @@ def stop(name: str, store: str | None) -> str:
         return f"Nobody is running {name}."
     run_folder.request_stop(url)
     return f"{name} will write a checkpoint and stop at its next log line."
+
+
+def check_deletable(name: str, store: str | None) -> None:
+    """Raises RunError if there is no such run, or if it is running."""
+    located = stores.locate(store)
+    run_folder.known_record(located, name)
+    run_folder.check_deletable(run_folder.folder(located, name))
 
 
 def delete(name: str, store: str | None) -> str:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
+from shlex import quote
 from typing import Any
 
 import torch
@@ -14,7 +15,10 @@ from nvae.model import NVAE
 from pipeline import config_file, run, run_folder, storage
 from pipeline import store as stores
 from pipeline.config import RunConfig
+from pipeline.preparation import check_batch, prepare
 from pipeline.progress import say
+from pipeline.run_folder import RunError
+from pipeline.training.checkpoint import images_saved
 from pipeline.training.worker import LocalWorker
 
 EXIT_CODES = {"finished": 0, "stopped": 0, "failed": 1, "diverged": 3}
@@ -43,7 +47,11 @@ def plan(
     store: str | None,
     tracking: str | None,
 ) -> Plan:
-    """Resolve the configuration and all defaults. Raises InputError with every problem."""
+    """Resolve the configuration and all defaults. Raises InputError if that is not possible."""
+    if local and workers not in (None, 1):
+        raise RunError(
+            f"--local trains in this one process, not on {workers} workers; leave one of them out."
+        )
     located = stores.locate(store)
     return Plan(
         config=config_file.load(config, overrides),
@@ -62,8 +70,12 @@ def default_workers() -> int:
 
 
 def describe(plan: Plan) -> str:
-    """What would be trained: settings, parameters, latent shapes, steps."""
+    """What would be trained: settings, parameters, latent shapes, steps.
+
+    Raises RunError if the workers cannot share a batch.
+    """
     config = plan.config
+    check_batch(config, plan.workers)
     train, model = config.train, config.model
     per_worker = train.batch_size // plan.workers
     micro = train.micro_batch_size or per_worker
@@ -105,16 +117,16 @@ def _latents(config: NVAEConfig) -> str:
 
 def execute(plan: Plan) -> int:
     """Train, with Ray or in this process; returns the exit code."""
-    url = run_folder.folder(plan.store, plan.name)
-    with run_folder.leased(url):
-        spec = run.begin(
-            plan.config,
-            name=plan.name,
-            store_url=plan.store,
-            tracking_uri=plan.tracking,
-            workers=plan.workers,
-            parent=plan.parent,
-        )
+    prepared = prepare(
+        plan.config,
+        name=plan.name,
+        store_url=plan.store,
+        tracking_uri=plan.tracking,
+        workers=plan.workers,
+        parent=plan.parent,
+    )
+    with run_folder.leased(prepared.url):
+        spec = run.begin(prepared)
         with run.running(spec, plan.workers) as end:
             end.update(_work(plan, spec))
     say(farewell(plan, spec, end))
@@ -128,7 +140,14 @@ def _work(plan: Plan, spec: run.RunSpec) -> dict[str, Any]:
     from cluster.launch import launch
 
     say(f"Starting {plan.workers} Ray Train workers ...")
-    return launch("pipeline.run:work", asdict(spec), workers=plan.workers, run_url=spec.url, say=say)
+    return launch(
+        "pipeline.run:work",
+        asdict(spec),
+        workers=plan.workers,
+        run_url=spec.url,
+        say=say,
+        progress=partial(images_saved, spec.url),
+    )
 
 
 def farewell(plan: Plan, spec: run.RunSpec, end: Mapping[str, Any]) -> str:
@@ -142,18 +161,18 @@ def farewell(plan: Plan, spec: run.RunSpec, end: Mapping[str, Any]) -> str:
     score = "" if bits is None else f", {bits:.3f} bits/dim on the validation split"
     model = result["alias"] or result["model"]
     where = {
-        "model": f"{result['model']}: {result['verdict']}",
+        "model": result["verdict"],
         **{Path(picture).name.partition("-")[0]: picture for picture in result["pictures"]},
         "weights": result["export"],
         "checkpoints": storage.join(spec.url, "checkpoints"),
-        "curves": f"{storage.shown(spec.tracking_uri)}, run {spec.mlflow_run_id}",
+        "curves": f"{storage.shown(spec.tracking_uri)}, run {result['mlflow_run_id']}",
     }
     flags = _flags(plan)
     following = [
         f"nvae sample {model} samples.png --count 36 --temperature 0.8{flags}",
         f"nvae evaluate {model} --samples 20{flags}",
         f"nvae registry list{flags}",
-        f"mlflow ui --backend-store-uri {spec.tracking_uri}" if "sqlite" in spec.tracking_uri else "",
+        f"mlflow ui --backend-store-uri {quote(spec.tracking_uri)}" if "sqlite" in spec.tracking_uri else "",
     ]
     return "\n".join(
         [
@@ -169,6 +188,6 @@ def farewell(plan: Plan, spec: run.RunSpec, end: Mapping[str, Any]) -> str:
 
 def _flags(plan: Plan) -> str:
     """The flags that make another command look where this run was put."""
-    store = "" if plan.store == stores.locate(None) else f" --store {plan.store}"
-    tracking = "" if plan.tracking == tracking_uri(plan.store, None) else f" --tracking {plan.tracking}"
-    return store + tracking
+    store = "" if plan.store == stores.locate(None) else f" --store {quote(plan.store)}"
+    same = plan.tracking == tracking_uri(plan.store, None)
+    return store + ("" if same else f" --tracking {quote(plan.tracking)}")

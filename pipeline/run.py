@@ -1,13 +1,14 @@
 """One run's life, with Ray or without: begin, work, finish.
 
-`begin` runs once, on the driver: it checks everything that can be checked before a worker
-starts, finds or makes the run's folder and its MLflow run, and returns a RunSpec of plain
-values. `work` is the entry that every worker executes with that spec. Whether it is the
-first launch or the fifth makes no difference to either: what lies in the store decides
-where the run goes on, so that repeating the command is always the right thing to do.
+`begin` runs once, on the driver, with what preparation.py has checked: it finds or makes
+the run's folder and its MLflow run, and returns a RunSpec of plain values. `work` is the
+entry that every worker executes with that spec. Whether it is the first launch or the fifth
+makes no difference to either: what lies in the store decides where the run goes on, so that
+repeating the command is always the right thing to do.
 """
 
 import platform
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -19,14 +20,14 @@ from typing import Any
 import torch
 
 from nvae.model import NVAE
-from pipeline import config_file, run_folder, storage, store
+from pipeline import config_file, run_folder, storage
 from pipeline.config import RunConfig
-from pipeline.data.index import VALIDATION, Index, load_index
-from pipeline.data.loader import check_fits, default_lanes
-from pipeline.data.verification import missing_shards
+from pipeline.data.index import VALIDATION, load_index
+from pipeline.errors import FailedError
 from pipeline.models.evaluation import evaluate
 from pipeline.models.export import Lineage, export
 from pipeline.models.registry import Registry, load
+from pipeline.preparation import Prepared, registered_name
 from pipeline.progress import evaluation_line
 from pipeline.run_folder import Launch, RunError, RunRecord
 from pipeline.training.checkpoint import (
@@ -40,7 +41,6 @@ from pipeline.training.checkpoint import (
 from pipeline.training.tracking import NullTracker, RunTracker, Tracker, create_run
 from pipeline.training.train import DivergedError, Training, draw_pictures, train, validation_batches
 from pipeline.training.worker import Worker
-
 
 EXPERIMENT = "nvae"
 
@@ -56,149 +56,77 @@ class RunSpec:
     data_hash: str
     tracking_uri: str
     mlflow_run_id: str
-    parent: str | None
+    initial_model: str | None
+    """Model whose weights the run begins with."""
 
 
 # -- on the driver ----------------------------------------------------------------------
 
 
-def begin(
-    config: RunConfig,
-    *,
-    name: str,
-    store_url: str,
-    tracking_uri: str,
-    workers: int,
-    parent: str | None = None,
-) -> RunSpec:
-    """Start a run, or continue the one of that name. Nothing is written if anything is wrong.
+def begin(prepared: Prepared) -> RunSpec:
+    """Start a run, or continue the one of that name; call it with the run's lease held.
 
-    Raises RunError if the run exists with another identity, if the data set does not fit
-    the model, or if the batch cannot be shared by `workers`.
+    Raises RunError if somebody else ran the run since it was prepared.
     """
-    url = run_folder.folder(store_url, name)
-    record = run_folder.read_record(url)
-    config = settle(config, store_url, record)
-    data = load_index(config.data.root)
-    check_fits(config, data)
-    _check_shards(data)
-    _check_batch(config, workers)
-    if record is not None:
-        _check_identity(config, data, record, parent)
-        parent = record.parent
-        run_folder.clear_stop(url)
-    elif parent is not None:
-        load(parent, tracking_uri)
+    record = run_folder.read_record(prepared.url)
+    if record != prepared.record:
+        raise RunError(
+            f"The run {prepared.name!r} was run by somebody else just now; repeat the command to continue it."
+        )
+    run_folder.clear_stop(prepared.url)
     run_id = create_run(
-        tracking_uri,
-        run_url=url,
+        prepared.tracking_uri,
+        run_url=prepared.url,
         experiment=EXPERIMENT,
-        run_name=name,
-        parameters=config_file.leaves(config),
-        tags=_tags(config, data, url, parent),
+        run_name=prepared.name,
+        parameters=config_file.leaves(prepared.config),
+        tags=_tags(prepared),
     )
     record = RunRecord(
-        name=name,
+        name=prepared.name,
         created=record.created if record else run_folder.now(),
-        config=config_file.to_mapping(config),
-        data_hash=data.content_hash,
-        tracking_uri=tracking_uri,
+        config=config_file.to_mapping(prepared.config),
+        data_hash=prepared.data.content_hash,
+        tracking_uri=prepared.tracking_uri,
         mlflow_run_id=run_id,
-        parent=parent,
+        parent=prepared.parent,
+        initial_model=prepared.initial_model,
         launches=record.launches if record else (),
     )
-    run_folder.write_record(url, record)
+    run_folder.write_record(prepared.url, record)
     return RunSpec(
-        name=name,
-        store=store_url,
-        url=url,
+        name=record.name,
+        store=prepared.store,
+        url=prepared.url,
         config=record.config,
         data_hash=record.data_hash,
         tracking_uri=record.tracking_uri,
         mlflow_run_id=record.mlflow_run_id,
-        parent=record.parent,
+        initial_model=record.initial_model,
     )
 
 
-def settle(config: RunConfig, store_url: str, record: RunRecord | None = None) -> RunConfig:
-    """The configuration with its open ends closed: where the data lie, how many lanes."""
-    lanes = config.data.lanes
-    if lanes is None and record is not None:
-        lanes = record.config["data"]["lanes"]
-    data = config.data.model_copy(
-        update={
-            "root": store.data_url(config.data.root, store_url),
-            "lanes": lanes or default_lanes(config.train.batch_size),
-        }
-    )
-    return config.model_copy(update={"data": data})
-
-
-def _check_shards(data: Index) -> None:
-    """Raises RunError if a shard is missing or cut short, before a worker waits for it."""
-    problems = missing_shards(data)
-    if problems:
-        listed = "\n".join(f"  {problem.shard} {problem.what}" for problem in problems[:10])
-        raise RunError(
-            f"{storage.shown(data.root)} is not the data set that its index describes:\n{listed}\n"
-            "Restore these files; `nvae shards verify` checks every one."
-        )
-
-
-def _check_batch(config: RunConfig, workers: int) -> None:
-    batch_size = config.train.batch_size
-    if batch_size % workers:
-        nearest = workers * max(1, batch_size // workers)
-        raise RunError(
-            f"train.batch_size {batch_size} cannot be shared equally by {workers} workers; use --workers "
-            f"with one of its divisors, or train.batch_size={nearest}."
-        )
-
-
-def _tags(config: RunConfig, data: Index, url: str, parent: str | None) -> dict[str, str]:
+def _tags(prepared: Prepared) -> dict[str, str]:
     """What MLflow is told of a run beside its settings."""
     return {
-        "data.hash": data.content_hash,
-        "data.root": storage.shown(config.data.root),
+        "data.hash": prepared.data.content_hash,
+        "data.root": storage.shown(prepared.config.data.root),
         "code.version": code_version(),
-        "run.url": storage.shown(url),
-        "parent": parent or "",
+        "run.url": storage.shown(prepared.url),
+        "parent": prepared.initial_model or "",
     }
 
 
-def _check_identity(config: RunConfig, data: Index, record: RunRecord, parent: str | None) -> None:
-    """Raises RunError if this is not the run that the record describes."""
-    changes = [
-        f"  {path}: {was!r} -> {now!r}"
-        for path, was, now in config_file.identity_changes(config_file.from_mapping(record.config), config)
-    ]
-    if data.content_hash != record.data_hash:
-        changes.append(f"  the data set: content {record.data_hash[:12]} -> {data.content_hash[:12]}")
-    if parent is not None and parent != record.parent:
-        changes.append(f"  --from: {record.parent!r} -> {parent!r}")
-    if changes:
-        raise RunError(
-            f"The run {record.name!r} exists and these settings, which make it the run it is, differ:\n"
-            + "\n".join(changes)
-            + "\nContinue it with its own settings, or start another run that begins with its weights:\n"
-            f"  nvae train ... --from models:/{registered_name(record.name, config)}@best --name NEW-NAME"
-        )
-
-
-def registered_name(run_name: str, config: RunConfig) -> str:
-    """The registered model that receives the run's weights."""
-    return config.registry.name or f"nvae-{run_name}"
-
-
 def code_version() -> str:
-    """The release, and the commit where the code is a git working tree."""
+    """The release, and the commit where the code is a git working tree of its own."""
     release = metadata.version("nvae-cluster")
-    found = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    root = Path(__file__).parents[1]
+    git = shutil.which("git")
+    # Without a .git right here, git would describe whatever repository the installation lies in.
+    if git is None or not (root / ".git").exists():
+        return release
+    command = [git, "-C", str(root), "describe", "--always", "--dirty"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
     return f"{release}+{found.stdout.strip()}" if found.returncode == 0 else release
 
 
@@ -209,8 +137,9 @@ def running(spec: RunSpec, workers: int) -> Iterator[dict[str, Any]]:
     The caller puts what `work` returned into the mapping that this yields.
     """
     record = run_folder.read_record(spec.url)
-    launches = (*(record.launches if record else ()), Launch(run_folder.now(), platform.node(), workers))
-    run_folder.update_record(spec.url, state="running", reason="", launches=launches)
+    launches = record.launches if record else ()
+    launch = Launch(run_folder.now(), platform.node(), workers)
+    run_folder.update_record(spec.url, state="running", reason="", launches=(*launches, launch))
     end: dict[str, Any] = {"state": "failed", "reason": "interrupted"}
     try:
         yield end
@@ -218,8 +147,10 @@ def running(spec: RunSpec, workers: int) -> Iterator[dict[str, Any]]:
         end["reason"] = str(error) or type(error).__name__
         raise
     finally:
+        result = end.get("result", {})
+        run_id = result.get("mlflow_run_id") or spec.mlflow_run_id
         run_folder.update_record(
-            spec.url, state=end["state"], reason=end["reason"], result=end.get("result", {})
+            spec.url, state=end["state"], reason=end["reason"], result=result, mlflow_run_id=run_id
         )
         run_folder.clear_stop(spec.url)
 
@@ -287,7 +218,9 @@ def _writers(
 
 def _train(training: Training, spec: RunSpec, resume: Checkpoint | None) -> tuple[str, str]:
     """Train until the end, a stop request or divergence: (state, reason)."""
-    initial = load(spec.parent, spec.tracking_uri).model if spec.parent and not resume else None
+    initial = None
+    if resume is None and spec.initial_model is not None:
+        initial = load(spec.initial_model, spec.tracking_uri).model
     state, reason = "diverged", ""
     try:
         state = train(training, resume, initial)
@@ -330,7 +263,7 @@ def _register(
     name = registered_name(spec.name, training.config)
     run_id = training.tracker.run_id
     if not run_id:
-        raise RunError(
+        raise FailedError(
             f"The run is trained, but not registered: MLflow at {storage.shown(spec.tracking_uri)} never "
             "answered. Run the same command again when it does."
         )
@@ -340,7 +273,7 @@ def _register(
         images_seen=chosen.images_seen,
         data_hash=spec.data_hash,
         code_version=code_version(),
-        parent=spec.parent,
+        parent=spec.initial_model,
     )
     manifest = export(spec.store, name, model, training.config, lineage, scores)
     registration = Registry(spec.tracking_uri).register(manifest.url, name)
@@ -352,4 +285,5 @@ def _register(
         "verdict": registration.verdict,
         "export": manifest.url,
         "checkpoint": chosen.url,
+        "mlflow_run_id": run_id,
     }

@@ -5,7 +5,8 @@ STORE/runs/NAME/
   lease.json     who is running it now, renewed while it runs
   stop           present when somebody asked the run to stop
   checkpoints/   written by training/checkpoint.py
-  journal/       written by training/tracking.py
+  journal/, pictures/, files/    written by training/tracking.py
+  ray/           Ray's own files while it runs the run
 
 Object stores have no locks that all of them honour (conditional writes are refused or
 ignored by several), so the lease is written, then read back: of two launches at the same
@@ -72,7 +73,9 @@ class RunRecord:
     tracking_uri: str
     mlflow_run_id: str
     parent: str | None = None
-    """Model whose weights the run began with (`--from`)."""
+    """Model whose weights the run began with, as it was asked for (`--from`)."""
+    initial_model: str | None = None
+    """The same, pinned: an alias may have moved on since."""
     state: State = "created"
     reason: str = ""
     """Why a run failed or stopped; empty otherwise."""
@@ -97,14 +100,19 @@ def read_record(url: str) -> RunRecord | None:
     record_url = storage.join(url, "run.json")
     if not storage.exists(record_url):
         return None
-    values = json.loads(storage.read_text(record_url))
-    if values.get("format_version") != 1:
+    try:
+        values = json.loads(storage.read_text(record_url))
+        if values["format_version"] != 1:
+            raise RunError(
+                f"{record_url} has format version {values['format_version']}; this release reads 1. "
+                "Use the release that wrote it."
+            )
+        values["launches"] = tuple(Launch(**launch) for launch in values["launches"])
+        return RunRecord(**values)
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise RunError(
-            f"{record_url} has format version {values.get('format_version')}; this release reads 1. "
-            "Use the release that wrote it."
-        )
-    values["launches"] = tuple(Launch(**launch) for launch in values["launches"])
-    return RunRecord(**values)
+            f"{record_url} is damaged ({error}); restore it, or delete the run's folder."
+        ) from error
 
 
 def write_record(url: str, record: RunRecord) -> None:
@@ -146,19 +154,29 @@ def request_stop(url: str) -> None:
 
 
 def stop_requested(url: str) -> bool:
-    return storage.exists(storage.join(url, "stop"))
+    """Whether somebody asked; not, as long as the store does not answer."""
+    try:
+        return storage.exists(storage.join(url, "stop"))
+    except storage.StoreError as error:
+        # An outage of the store must not end the training; the next question may be answered.
+        logger.warning("whether %s was asked to stop is not known now: %s", url, error)
+        return False
 
 
 def clear_stop(url: str) -> None:
-    if stop_requested(url):
-        storage.delete(storage.join(url, "stop"))
+    storage.delete(storage.join(url, "stop"))
+
+
+def check_deletable(url: str) -> None:
+    """Raises RunError while the run is running."""
+    holder = lease_holder(url)
+    if holder is not None:
+        raise RunError(f"{url} is being run by {holder}; stop it first with `nvae runs stop`.")
 
 
 def delete(url: str) -> None:
     """Remove a run's folder, its record last. Raises RunError while it is running."""
-    holder = lease_holder(url)
-    if holder is not None:
-        raise RunError(f"{url} is being run by {holder}; stop it first with `nvae runs stop`.")
+    check_deletable(url)
     for name in storage.list_dir(url):
         if name != "run.json":
             storage.delete(storage.join(url, name), recursive=True)
@@ -174,6 +192,8 @@ class _Lease:
     host: str
     boot: str
     pid: int
+    started: str
+    """When the process was started, by its machine's clock; the number alone is used again."""
     renewed: float
     """Seconds since the epoch, by the owner's clock."""
 
@@ -184,6 +204,16 @@ def _boot_id() -> str:
     return path.read_text().strip() if path.exists() else ""
 
 
+def _started(pid: int) -> str:
+    """Start of a process of this machine, in ticks since its boot; empty if there is none."""
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return ""
+    # The second field, the program's name in brackets, may itself hold blanks and brackets.
+    return status.rpartition(")")[2].split()[19]
+
+
 def _read_lease(url: str) -> _Lease | None:
     lease_url = storage.join(url, "lease.json")
     if not storage.exists(lease_url):
@@ -192,13 +222,14 @@ def _read_lease(url: str) -> _Lease | None:
 
 
 def _write_lease(url: str, owner: str) -> None:
-    lease = _Lease(owner, socket.gethostname(), _boot_id(), os.getpid(), time.time())
+    pid = os.getpid()
+    lease = _Lease(owner, socket.gethostname(), _boot_id(), pid, _started(pid), time.time())
     storage.write_bytes(storage.join(url, "lease.json"), json.dumps(asdict(lease)).encode())
 
 
 def _is_alive(lease: _Lease) -> bool:
     if lease.host == socket.gethostname() and lease.boot == _boot_id() != "":
-        return Path(f"/proc/{lease.pid}").exists()
+        return _started(lease.pid) == lease.started != ""
     return time.time() - lease.renewed < LEASE_SECONDS
 
 
@@ -219,8 +250,7 @@ def leased(url: str) -> Iterator[None]:
         )
     owner = uuid.uuid4().hex
     _write_lease(url, owner)
-    written = _read_lease(url)
-    if written is None or written.owner != owner:
+    if not _is_held_by(url, owner):
         raise RunError(f"{url} was started by somebody else at the same moment; this launch withdraws.")
     done = threading.Event()
     renewal = threading.Thread(target=_renew, args=(url, owner, done), name="lease", daemon=True)
@@ -230,14 +260,26 @@ def leased(url: str) -> Iterator[None]:
     finally:
         done.set()
         renewal.join()
-        lease = _read_lease(url)
-        if lease is not None and lease.owner == owner:
-            storage.delete(storage.join(url, "lease.json"))
+        try:
+            if _is_held_by(url, owner):
+                storage.delete(storage.join(url, "lease.json"))
+        except storage.StoreError as error:
+            # What was done is done; a lease that nobody renews expires.
+            logger.warning("the lease of %s could not be given back: %s", url, error)
+
+
+def _is_held_by(url: str, owner: str) -> bool:
+    lease = _read_lease(url)
+    return lease is not None and lease.owner == owner
 
 
 def _renew(url: str, owner: str, done: threading.Event) -> None:
+    """Renew the lease until `done`, or until somebody took it over while we could not."""
     while not done.wait(RENEW_SECONDS):
         try:
+            if not _is_held_by(url, owner):
+                logger.warning("%s was taken over by another launch", url)
+                return
             _write_lease(url, owner)
         except storage.StoreError as error:
             # An outage of the store must not end the training; the next renewal may succeed.

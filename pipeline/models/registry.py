@@ -55,6 +55,10 @@ _PATIENCE = {
 }
 
 
+class MissingDatabaseError(RegistryError):
+    """No training has made an MLflow database there yet."""
+
+
 @dataclass(frozen=True)
 class Registration:
     """A registered version, and what became of the alias `best`."""
@@ -338,7 +342,7 @@ def _refuse_missing_database(tracking_uri: str) -> None:
     """MLflow would create an empty database where an address is misspelt."""
     scheme, _, path = tracking_uri.partition(":///")
     if scheme == "sqlite" and not Path(path.partition("?")[0]).is_file():
-        raise RegistryError(
+        raise MissingDatabaseError(
             f"There is no MLflow database at {path}. The first training creates it; check --tracking, "
             "--store or MLFLOW_TRACKING_URI."
         )

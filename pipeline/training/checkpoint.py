@@ -179,6 +179,11 @@ def checkpoints(run_url: str) -> list[Checkpoint]:
     return found
 
 
+def images_saved(run_url: str) -> int:
+    """Images seen at the newest checkpoint of a run; 0 without one."""
+    return next((checkpoint.images_seen for checkpoint in checkpoints(run_url)), 0)
+
+
 def best(run_url: str, metric: str = BEST_METRIC) -> Checkpoint | None:
     """The intact checkpoint with the lowest `metric`; the newest one where none was measured."""
     measured = [c for c in checkpoints(run_url) if c.metrics.get(metric) is not None]

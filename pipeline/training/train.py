@@ -144,35 +144,38 @@ def train(
     metrics = Metrics(worker, config.model)
     cadence = Cadence(config.cadence, total, state.images_seen)
 
-    for batch in training_batches(
+    batches = training_batches(
         config,
         training.data,
         rank=worker.rank,
         world_size=worker.world_size,
         start=state.images_seen,
         stop=total,
-    ):
-        step(training, state, model, batch, metrics)
-        cadence.advance(state.images_seen)
-        scores: dict[str, float] = {}
-        stopping = False
+    )
+    # Closed however the loop is left, for the batches that are made ahead have threads.
+    with closing(batches):
+        for batch in batches:
+            step(training, state, model, batch, metrics)
+            cadence.advance(state.images_seen)
+            scores: dict[str, float] = {}
+            stopping = False
 
-        if cadence.due("log"):
-            numbers = metrics.reduce()
-            tracker.log(numbers, at=state.images_seen)
-            worker.say(training_line(numbers, state.images_seen, total))
-            refuse_divergence(numbers, state.images_seen)
-            stopping = worker.stop_requested() and not cadence.at_the_end
-        with metrics.paused():
-            if cadence.due("evaluate"):
-                scores = evaluate_and_show(training, state)
-            improved = scores.get(BEST_METRIC, math.inf) < state.best
-            if improved:
-                state.best = scores[BEST_METRIC]
-            if cadence.due("checkpoint") or stopping or improved:
-                save(training, state, scores)
-        if stopping:
-            return "stopped"
+            if cadence.due("log"):
+                numbers = metrics.reduce()
+                tracker.log(numbers, at=state.images_seen)
+                worker.say(training_line(numbers, state.images_seen, total))
+                refuse_divergence(numbers, state.images_seen)
+                stopping = worker.stop_requested() and not cadence.at_the_end
+            with metrics.paused():
+                if cadence.due("evaluate"):
+                    scores = evaluate_and_show(training, state)
+                improved = scores.get(BEST_METRIC, math.inf) < state.best
+                if improved:
+                    state.best = scores[BEST_METRIC]
+                if cadence.due("checkpoint") or stopping or improved:
+                    save(training, state, scores)
+            if stopping:
+                return "stopped"
     return "finished"
 
 

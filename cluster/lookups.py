@@ -1,0 +1,242 @@
+"""The commands about what is already there: `nvae shards`, `registry`, `runs` and `config`."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+from cluster.options import (
+    json_option,
+    overrides_argument,
+    show,
+    show_facts,
+    show_json,
+    store_option,
+    tracking_option,
+)
+
+# -- data sets --------------------------------------------------------------------------
+
+
+@click.group()
+def shards() -> None:
+    """Build and check data sets: WebDataset shards with an index."""
+
+
+@shards.command()
+@click.argument("source")
+@click.argument("target")
+@click.option("--image-size", type=click.IntRange(1), help="Height and width in pixels. [the source's own]")
+@click.option(
+    "--validation-fraction",
+    type=click.FloatRange(0, 1),
+    help="Share of the images that is kept for evaluation. [the source's own split, else 0.1]",
+)
+@click.option(
+    "--crop",
+    default="none",
+    show_default=True,
+    help="What becomes of images that are not square: none, center, or LEFT,TOP,RIGHT,BOTTOM in pixels.",
+)
+@click.option("--channels", type=click.IntRange(1, 3), help="3 for colour, 1 for grey. [the source's own]")
+@click.option("--shard-mib", default=32, show_default=True, type=click.IntRange(1), help="Size of a shard.")
+@click.option("--licence", help="A note on the images' licence, kept with the data set.")
+@click.option("--if-missing", is_flag=True, help="Do nothing if TARGET already holds a complete data set.")
+@store_option
+def build(source: str, target: str, store: str | None, shard_mib: int, **options: Any) -> None:
+    """Pack the images of SOURCE into shards below TARGET, a URL or store:NAME.
+
+    SOURCE is a folder, a .zip or .tar, MNIST's idx files, or portraits:COUNT for
+    procedural portraits. Images that cannot be used are listed and left out. A build that
+    was interrupted continues when the same command is run again.
+    """
+    from cluster import data
+
+    click.echo(data.build(source, target, store, shard_bytes=shard_mib << 20, **options))
+
+
+@shards.command()
+@click.argument("root")
+@click.option("--decode/--no-decode", default=True, help="Whether to decode every image, too. [yes]")
+@json_option
+@store_option
+def verify(root: str, decode: bool, as_json: bool, store: str | None) -> int:
+    """Check every shard's size, hash and samples against the index. Exit code 1 if one is bad."""
+    from cluster import data
+
+    problems = data.verify(root, store, decode)
+    if as_json:
+        show_json(problems)
+    else:
+        click.echo("\n".join(problems) or "Every shard is as it was written.")
+    return 1 if problems else 0
+
+
+@shards.command("show")
+@click.argument("root")
+@json_option
+@store_option
+def show_shards(root: str, as_json: bool, store: str | None) -> None:
+    """Describe a data set: image size, splits, shards, content hash, what was rejected."""
+    from cluster import data
+
+    show_facts(data.summary(root, store), as_json)
+
+
+# -- registry ---------------------------------------------------------------------------
+
+
+@click.group()
+def registry() -> None:
+    """Look trained models up."""
+
+
+@registry.command("list")
+@click.argument("name", required=False)
+@json_option
+@store_option
+@tracking_option
+def list_versions(name: str | None, as_json: bool, store: str | None, tracking: str | None) -> None:
+    """All registered versions, or those of NAME, with their aliases and scores."""
+    from cluster import models
+
+    columns = {
+        "model": "MODEL",
+        "aliases": "ALIASES",
+        "bits_per_dim": "BITS/DIM",
+        "images_seen": "IMAGES SEEN",
+        "data": "DATA",
+        "created": "CREATED",
+    }
+    show(models.versions(name, store, tracking), columns, as_json)
+
+
+@registry.command("show")
+@click.argument("model")
+@json_option
+@store_option
+@tracking_option
+def show_version(model: str, as_json: bool, store: str | None, tracking: str | None) -> None:
+    """Everything that is recorded of one version."""
+    from cluster import models
+
+    show_facts(models.describe(model, store, tracking), as_json)
+
+
+# -- runs -------------------------------------------------------------------------------
+
+
+@click.group()
+def runs() -> None:
+    """Look after training runs."""
+
+
+@runs.command("list")
+@json_option
+@store_option
+def list_runs(as_json: bool, store: str | None) -> None:
+    """All runs of the store, the newest first."""
+    from cluster import runs as known
+
+    columns = {
+        "name": "NAME",
+        "state": "STATE",
+        "images_seen": "IMAGES SEEN",
+        "total_images": "OF",
+        "bits_per_dim": "BITS/DIM",
+        "model": "MODEL",
+        "created": "CREATED",
+    }
+    show(known.listing(store), columns, as_json)
+
+
+@runs.command("show")
+@click.argument("name")
+@json_option
+@store_option
+def show_run(name: str, as_json: bool, store: str | None) -> None:
+    """One run: settings, launches, checkpoints, result."""
+    from cluster import runs as known
+
+    show_facts(known.describe(name, store), as_json)
+
+
+@runs.command()
+@click.argument("name")
+@store_option
+def stop(name: str, store: str | None) -> None:
+    """Ask a run to write a checkpoint and leave; `nvae train` with its name continues it."""
+    from cluster import runs as known
+
+    click.echo(known.stop(name, store))
+
+
+@runs.command()
+@click.argument("name")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@store_option
+def delete(name: str, yes: bool, store: str | None) -> None:
+    """Delete a run's checkpoints, journal and pictures. Registered models are kept."""
+    from cluster import runs as known
+
+    known.check_deletable(name, store)
+    if not yes:
+        click.confirm(f"Delete the run {name} and all its checkpoints?", abort=True)
+    click.echo(known.delete(name, store))
+
+
+# -- configuration ----------------------------------------------------------------------
+
+
+@click.group()
+def config() -> None:
+    """Understand settings and presets."""
+
+
+@config.command("show")
+@click.argument("config", required=False)
+@overrides_argument
+@json_option
+def show_config(config: str | None, overrides: Sequence[str], as_json: bool) -> None:
+    """Print CONFIG with all defaults; without it, name the presets."""
+    from pipeline import config_file
+
+    if config is None:
+        names = list(config_file.presets())
+        show_json(names) if as_json else click.echo("\n".join(names))
+        return
+    loaded = config_file.load(config, overrides)
+    if as_json:
+        show_json(config_file.to_mapping(loaded))
+    else:
+        click.echo(config_file.to_yaml(loaded), nl=False)
+
+
+@config.command()
+@click.argument("path")
+def explain(path: str) -> None:
+    """What a setting means, may be, and is in each preset; or all settings of a section."""
+    from pipeline import config_file
+
+    click.echo("\n\n".join(str(explanation) for explanation in config_file.explain(path)))
+
+
+@config.command()
+@click.argument("first")
+@click.argument("second")
+@json_option
+def diff(first: str, second: str, as_json: bool) -> None:
+    """The settings in which two configurations differ."""
+    from pipeline import config_file
+
+    changes = config_file.changed(config_file.load(first), config_file.load(second))
+    rows = ({"setting": path, "first": was, "second": now} for path, was, now in changes)
+    show(rows, {"setting": "SETTING", "first": first, "second": second}, as_json)
+
+
+@config.command()
+def schema() -> None:
+    """Print the JSON schema of configuration files, for editors."""
+    from pipeline import settings
+
+    show_json(settings.schema())

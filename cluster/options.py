@@ -1,0 +1,57 @@
+"""What the commands share: options that mean the same everywhere, and how an answer is shown."""
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import click
+
+store_option = click.option(
+    "--store", metavar="URL", help="Where runs, models and data are kept. [NVAE_STORE, else ./nvae-store]"
+)
+tracking_option = click.option(
+    "--tracking", metavar="URI", help="MLflow server or database. [MLFLOW_TRACKING_URI, else in the store]"
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
+batch_size_option = click.option(
+    "--batch-size",
+    default=16,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Images at once: as many as memory holds; the result is the same.",
+)
+overrides_argument = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+
+
+def show(rows: Iterable[Mapping[str, Any]], columns: Mapping[str, str], as_json: bool) -> None:
+    """A listing: a table with these headings for people, all there is for programs."""
+    from pipeline import progress
+
+    if as_json:
+        show_json(list(rows))
+    else:
+        progress.table(rows, columns)
+
+
+def show_facts(facts: Mapping[str, Any], as_json: bool) -> None:
+    """What there is to know of one thing: a line for each fact, or an object for programs."""
+    if as_json:
+        show_json(facts)
+    else:
+        rows = ({"what": what, "value": value} for what, value in facts.items())
+        show(rows, {"what": "WHAT", "value": "VALUE"}, as_json=False)
+
+
+def show_json(value: object) -> None:
+    """JSON by its standard: what is not finite has no number there and is null."""
+    click.echo(json.dumps(_plain(value), indent=2, allow_nan=False))
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    if isinstance(value, float) and value - value != 0:
+        return None
+    return value if isinstance(value, str | int | float | bool | None) else str(value)
