@@ -4,20 +4,22 @@ An entry is a function `(arguments, worker) -> answer` of the pipeline, named as
 `package.module:function`; arguments and answer are plain mappings. So the pipeline never
 imports Ray, and the same entry runs in this process with a LocalWorker.
 
-Ray Train's own run name is unique to each launch: with a name used before it would resume
-from its own snapshot and train nothing. What a run resumes from is decided by our
-checkpoints alone. `fit` runs in a thread beside the main one, which keeps Ctrl-C ours:
-the first asks the run to checkpoint and leave, the second lets Ray abort it.
+What a lost worker costs is decided here and not by Ray's failure policy, which would also
+try again, three times, what a user has to mend. Each try has a run name of its own: with a
+name used before, Ray would resume from its own snapshot and train nothing. What a run
+resumes from is decided by our checkpoints alone.
+
+`fit` runs in a thread beside the main one, which keeps Ctrl-C ours: the first asks the run
+to write a checkpoint and leave, the second ends everything at once.
 """
 
 import importlib
+import logging
 import os
-import signal
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from types import FrameType
 from typing import Any
 
 # Read by Ray when it is imported. Lines are forwarded by the workers' own queue, and a
@@ -33,14 +35,29 @@ from ray.util.queue import Empty, Queue
 
 from cluster.ray_worker import RayWorker
 from pipeline import run_folder, storage
+from pipeline.errors import FailedError, InputError
 from pipeline.run_folder import RunError
+from pipeline.training.worker import StopSignals
 
 MAX_FAILURES = 3
-"""Restarts of the worker group after a worker or node was lost."""
+"""Times in a row that the workers are started again without having come any further."""
 COLLECTIVE_TIMEOUT_SECONDS = 300
 """A rank that waits this long for another gives up, and the group is restarted."""
 
 Answer = dict[str, Any]
+
+logger = logging.getLogger(__name__)
+
+
+class _RefusedError(Exception):
+    """What a worker raises for an error that trying again does not mend; its text says what it is.
+
+    The errors themselves may need more than a text to be unpickled on the driver.
+    """
+
+    def __init__(self, message: str, is_input: bool) -> None:
+        super().__init__(message, is_input)
+        self.message, self.is_input = message, is_input
 
 
 def launch(
@@ -50,58 +67,90 @@ def launch(
     workers: int,
     run_url: str,
     say: Callable[[str], None],
+    progress: Callable[[], int] = lambda: 0,
 ) -> Answer:
     """Run `entry(arguments, worker)` on `workers` ranks; returns rank 0's answer.
 
     Connects to the cluster of RAY_ADDRESS, or starts a local Ray. `run_url` is the run's
-    folder: a stop request there ends the run in order, Ray's own files go below it.
-    Raises RunError with the workers' own message if the entry fails on all tries.
+    folder: a stop request there ends the run in order, Ray's own files go below it. After
+    the loss of a worker the entry is run again, as long as `progress` grows.
+
+    Raises RunError with the message of an InputError that a worker raised, FailedError if
+    the workers failed too often.
     """
     with ray_connection(workers):
         use_gpu = _enough(workers)
         console = Queue(actor_options={"num_cpus": 0})
-        trainer = TorchTrainer(
-            _work,
-            train_loop_config={
-                "entry": entry,
-                "arguments": dict(arguments),
-                "run_url": run_url,
-                "console": console,
-            },
-            torch_config=TorchConfig(timeout_s=COLLECTIVE_TIMEOUT_SECONDS),
-            scaling_config=ray.train.ScalingConfig(num_workers=workers, use_gpu=use_gpu),
-            run_config=ray.train.RunConfig(
-                name=f"launch-{uuid.uuid4().hex[:12]}",
-                failure_config=ray.train.FailureConfig(max_failures=MAX_FAILURES),
-                **storage.for_ray(storage.join(run_url, "ray")),
-            ),
-        )
-        with _interrupts_ask_to_stop(run_url, say):
-            return _fit(trainer, console, say)
+        task = {"entry": entry, "arguments": dict(arguments), "run_url": run_url, "console": console}
+        failures, reached = 0, progress()
+        with StopSignals() as signals:
+            while True:
+                try:
+                    return _fit(_trainer(task, workers, use_gpu), console, say, signals)
+                except ray.train.TrainingFailedError as error:
+                    _raise_if_refused(error)
+                    came_further = progress() > reached
+                    failures, reached = (1 if came_further else failures + 1), progress()
+                    if failures > MAX_FAILURES:
+                        raise FailedError(
+                            f"The workers failed {failures} times without coming any further; the last "
+                            f"time: {_in_short(error)}. `nvae -v train ...` shows everything; when the "
+                            "cause is mended, the same command continues the run."
+                        ) from error
+                    logger.info("the workers failed", exc_info=error)
+                    say(f"Lost a worker ({_in_short(error)}); starting the workers again ...")
+                finally:
+                    storage.delete(_ray_folder(run_url), recursive=True)
 
 
-def _work(config: dict[str, Any]) -> Answer:
+def _trainer(task: dict[str, Any], workers: int, use_gpu: bool) -> TorchTrainer:
+    return TorchTrainer(
+        _work,
+        train_loop_config=task,
+        torch_config=TorchConfig(timeout_s=COLLECTIVE_TIMEOUT_SECONDS),
+        scaling_config=ray.train.ScalingConfig(num_workers=workers, use_gpu=use_gpu),
+        run_config=ray.train.RunConfig(
+            name=f"launch-{uuid.uuid4().hex[:12]}",
+            failure_config=ray.train.FailureConfig(max_failures=0),
+            **storage.for_ray(_ray_folder(task["run_url"])),
+        ),
+    )
+
+
+def _ray_folder(run_url: str) -> str:
+    """Ray's own files: the marker by which it sees that all nodes share a storage."""
+    return storage.join(run_url, "ray")
+
+
+def _work(task: dict[str, Any]) -> Answer:
     """What each Ray Train worker executes."""
-    module, _, function = config["entry"].partition(":")
+    module, _, function = task["entry"].partition(":")
     entry = getattr(importlib.import_module(module), function)
-    worker = RayWorker(config["run_url"], config["console"])
-    answer: Answer = entry(config["arguments"], worker)
+    worker = RayWorker(task["run_url"], task["console"])
+    try:
+        answer: Answer = entry(task["arguments"], worker)
+    except (InputError, FailedError) as error:
+        raise _RefusedError(str(error), isinstance(error, InputError)) from error
     return answer
 
 
-def _fit(trainer: TorchTrainer, console: Queue, say: Callable[[str], None]) -> Answer:
-    """Train in a thread; show the workers' lines meanwhile."""
+def _fit(trainer: TorchTrainer, console: Queue, say: Callable[[str], None], signals: StopSignals) -> Answer:
+    """Train in a thread; meanwhile show the workers' lines and pass a wish to stop on."""
     outcome: list[Answer | BaseException] = []
 
     def fit() -> None:
         try:
             outcome.append(trainer.fit().return_value)
-        except BaseException as error:  # handed to the caller's thread below
+        except BaseException as error:  # raised below, in the caller's thread
             outcome.append(error)
 
     thread = threading.Thread(target=fit, name="ray-train", daemon=True)
     thread.start()
+    asked = False
     while thread.is_alive() or not console.empty():
+        if signals.received and not asked:
+            run_folder.request_stop(trainer.train_loop_config["run_url"])
+            asked = True
         try:
             say(console.get(timeout=0.2))
         except Empty:
@@ -112,16 +161,40 @@ def _fit(trainer: TorchTrainer, console: Queue, say: Callable[[str], None]) -> A
     return result
 
 
+def _worker_errors(error: ray.train.TrainingFailedError) -> list[Exception]:
+    """What the ranks raised, in their order; the error itself if it was none of theirs."""
+    failures: dict[int, Exception] = getattr(error, "worker_failures", {})
+    return [failures[rank] for rank in sorted(failures)] or [error]
+
+
+def _raise_if_refused(error: ray.train.TrainingFailedError) -> None:
+    """Raise what trying again does not mend, as one error without the workers' tracebacks."""
+    for refused in _worker_errors(error):
+        if isinstance(refused, _RefusedError):
+            kind: type[Exception] = RunError if refused.is_input else FailedError
+            raise kind(refused.message) from error
+
+
+def _in_short(error: ray.train.TrainingFailedError) -> str:
+    """The first line of the first worker's error."""
+    first = _worker_errors(error)[0]
+    return f"{type(first).__name__}: {next(iter(str(first).splitlines()), '')}"[:200]
+
+
 @contextmanager
 def ray_connection(workers: int) -> Iterator[None]:
     """A connection to the cluster of RAY_ADDRESS, or a Ray of our own on this machine."""
     address = os.environ.get("RAY_ADDRESS", "local")
-    local = address == "local"
     # More ranks than cores are allowed on one machine: they are slow, not wrong.
-    limits = {"num_cpus": max(workers, os.cpu_count() or 1), "include_dashboard": False} if local else {}
+    limits = {"num_cpus": max(workers, os.cpu_count() or 1), "include_dashboard": False}
     started_here = not ray.is_initialized()
     if started_here:
-        ray.init(address=address, log_to_driver=False, logging_level="ERROR", **limits)
+        ray.init(
+            address=address,
+            log_to_driver=False,
+            logging_level="ERROR",
+            **(limits if address == "local" else {}),
+        )
     try:
         yield
     finally:
@@ -130,31 +203,16 @@ def ray_connection(workers: int) -> Iterator[None]:
 
 
 def _enough(workers: int) -> bool:
-    """Whether to use GPUs: if the cluster has any. Raises RunError if it has too few."""
-    gpus = int(ray.cluster_resources().get("GPU", 0))
-    if 0 < gpus < workers:
+    """Whether to use GPUs: if the cluster has any. Raises RunError if it has too few of what is used.
+
+    Ray itself would wait for them without a word.
+    """
+    resources = ray.cluster_resources()
+    kind = "GPU" if resources.get("GPU", 0) else "CPU"
+    there = int(resources.get(kind, 0))
+    if there < workers:
         raise RunError(
-            f"{workers} workers were asked for, but the cluster has {gpus} GPUs; "
-            f"use --workers {gpus} or fewer."
+            f"{workers} workers were asked for, but the cluster has {there} {kind}s; "
+            f"use --workers {there} or fewer."
         )
-    return gpus > 0
-
-
-@contextmanager
-def _interrupts_ask_to_stop(run_url: str, say: Callable[[str], None]) -> Iterator[None]:
-    """The first Ctrl-C or SIGTERM asks the run to stop; the next one is Python's usual."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        for each, handler in before.items():
-            signal.signal(each, handler)
-        say("Stopping: a checkpoint is written first. Ctrl-C again ends at once.")
-        run_folder.request_stop(run_url)
-
-    for number in before:
-        signal.signal(number, ask)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    return kind == "GPU"
