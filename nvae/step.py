@@ -18,7 +18,7 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -117,26 +117,29 @@ def update(
     before = _Buffers(network)
     optimizer.zero_grad()
 
-    terms: list[_Terms] = []
+    done: list[_Terms] = []
     for part in batch.split(settings.micro_batches):
-        is_last = len(terms) == settings.micro_batches - 1
+        is_last = len(done) == settings.micro_batches - 1
         # The penalties use the weights that the convolutions have computed anyway.
         with _communicating(model, is_last), shared_weights(network):
             with record_function("step/forward"):
-                terms.append(_forward(model, network, part, noise, coefficients, settings))
+                terms = _forward(model, network, part, noise, coefficients, settings)
             # The loss is a sum over ranks, of which DistributedDataParallel makes a mean.
-            loss = terms[-1].loss * (_world_size() / global_weight)
+            loss = terms.loss * (_world_size() / global_weight)
             if is_last:
                 with record_function("step/penalties"):
                     penalties = _penalties(network, coefficients)
                 loss = loss + penalties.loss
             with record_function("step/backward"):
                 loss.backward()  # type: ignore[no-untyped-call]
+        # Detached: a graph, even a spent one, keeps what its checkpointed cells would need.
+        done.append(replace(terms, loss=terms.loss.detach()))
+        del terms, loss
 
     with record_function("step/optimizer"):
-        done = _add(terms)
+        total = _add(done)
         gradient_norm = get_total_norm(_gradients(network), foreach=True)
-        mean_loss, norms = _sum_over_ranks(torch.stack([done.loss / global_weight, gradient_norm]))
+        mean_loss, norms = _sum_over_ranks(torch.stack([total.loss / global_weight, gradient_norm]))
         loss = mean_loss + penalties.loss.detach()
         finite = torch.isfinite(loss + norms)
         if finite:
@@ -148,8 +151,8 @@ def update(
             before.restore()
     return StepResult(
         images=batch.weights.sum(),
-        reconstruction=done.reconstruction,
-        kl_per_group=done.kl_per_group,
+        reconstruction=total.reconstruction,
+        kl_per_group=total.kl_per_group,
         loss=loss,
         spectral=penalties.spectral.detach(),
         batch_norm_scale=penalties.batch_norm_scale.detach(),
@@ -233,7 +236,7 @@ def _penalties(network: NVAE, coefficients: Coefficients) -> _Penalties:
 
 def _add(terms: Sequence[_Terms]) -> _Terms:
     return _Terms(
-        loss=torch.stack([term.loss.detach() for term in terms]).sum(0),
+        loss=torch.stack([term.loss for term in terms]).sum(0),
         reconstruction=torch.stack([term.reconstruction for term in terms]).sum(0),
         kl_per_group=torch.stack([term.kl_per_group for term in terms]).sum(0),
     )
