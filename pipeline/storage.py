@@ -239,6 +239,15 @@ _systems_lock = threading.Lock()
 _answered: set[tuple[object, ...]] = set()
 
 
+def _renew_lock() -> None:
+    global _systems_lock
+    _systems_lock = threading.Lock()
+
+
+# Another thread may hold the lock at the moment of a fork; nobody in the child would release it.
+os.register_at_fork(after_in_child=_renew_lock)
+
+
 def _environment(url: str) -> tuple[object, ...]:
     """What decides which file system object serves `url`: process, scheme, credentials, endpoint."""
     settings = sorted((name, value) for name, value in os.environ.items() if name.startswith("AWS_"))
@@ -308,6 +317,20 @@ def _delete_below(url: str) -> None:
             return
         _patiently(lambda names=names: _bucket_system(url).rm(names), url)  # type: ignore[misc]
     raise StoreError(f"{shown(url)}: {len(names)} files could not be deleted; do you have the permission?")
+
+
+def for_ray(url: str) -> dict[str, Any]:
+    """Where Ray may keep its own files: `storage_path` and `storage_filesystem` of its RunConfig.
+
+    Through pyarrow's view of fsspec, so that Ray needs no S3 settings of its own.
+    """
+    place = normalize(url)
+    if is_local(place):
+        return {"storage_path": place}
+    from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+    handler = FSSpecHandler(_make_system(place))
+    return {"storage_path": place.split("://", 1)[1], "storage_filesystem": PyFileSystem(handler)}
 
 
 # --- patience ---------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Building a data set of shards from images; checking one; summing one up.
+"""Building a data set of shards from images.
 
 A build looks at the whole source first and gives each image its split and its place (survey.py).
 Then it decodes, crops and scales the images and writes one shard after the other.
