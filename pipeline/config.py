@@ -50,7 +50,7 @@ class DataConfig(Section):
     root: str = Field(json_schema_extra=RESUMABLE)
     """Where the shards are: a URL or path that holds an index.json, or `store:NAME` for the
     folder data/NAME of the store. May move between sessions; its content may not change."""
-    shuffle_window: int = Field(1024, ge=1)
+    shuffle_window: int = Field(128, ge=1)
     """Samples of one lane that are shuffled together; bounds the loader's memory."""
     lanes: int | None = Field(None, ge=1)
     """Contiguous pieces into which an epoch is cut and which are read side by side. By default
