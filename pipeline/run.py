@@ -30,14 +30,8 @@ from pipeline.models.registry import Registry, load
 from pipeline.preparation import Prepared, registered_name
 from pipeline.progress import evaluation_line
 from pipeline.run_folder import Launch, RunError, RunRecord
-from pipeline.training.checkpoint import (
-    Checkpoint,
-    CheckpointWriter,
-    best,
-    claim_attempt,
-    newest,
-    open_attempt,
-)
+from pipeline.training.checkpoint import Checkpoint, best, newest, open_attempt
+from pipeline.training.checkpoint_writer import CheckpointWriter, claim_attempt
 from pipeline.training.tracking import NullTracker, RunTracker, Tracker, create_run
 from pipeline.training.train import DivergedError, Training, draw_pictures, train, validation_batches
 from pipeline.training.worker import Worker

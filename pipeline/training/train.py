@@ -29,7 +29,8 @@ from pipeline.data.loader import Batch, evaluation_batches, training_batches
 from pipeline.models.evaluation import evaluate
 from pipeline.models.sampling import grid, png, reconstruct, sample_images
 from pipeline.progress import evaluation_line, training_line
-from pipeline.training.checkpoint import BEST_METRIC, Checkpoint, CheckpointWriter
+from pipeline.training.checkpoint import BEST_METRIC, Checkpoint
+from pipeline.training.checkpoint_writer import CheckpointWriter
 from pipeline.training.metrics import Metrics
 from pipeline.training.optimizer_state import flatten_optimizer, restore_optimizer
 from pipeline.training.schedules import schedule

@@ -21,7 +21,7 @@ from pipeline.models.export import Lineage, RegistryError, export, load_director
 from pipeline.models.registry import Registration, Registry, load
 from pipeline.models.sampling import sample_images
 from pipeline.models.versions import Version, best_of, judge
-from pipeline.training.checkpoint import CheckpointWriter
+from pipeline.training.checkpoint_writer import CheckpointWriter
 from tests.pipeline.models.tiny import tiny_config, tiny_model
 
 BITS = "validation/bits_per_dim"

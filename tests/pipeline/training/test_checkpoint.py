@@ -16,14 +16,8 @@ from torch import Tensor
 
 from pipeline import storage
 from pipeline.artifacts import ArtifactError, NewerFormatError
-from pipeline.training.checkpoint import (
-    CheckpointError,
-    CheckpointWriter,
-    SupersededError,
-    claim_attempt,
-    newest,
-    open_checkpoint,
-)
+from pipeline.training.checkpoint import CheckpointError, newest, open_checkpoint
+from pipeline.training.checkpoint_writer import CheckpointWriter, SupersededError, claim_attempt
 
 RECORD = {"config": {"train": {"seed": 1}}, "interventions": []}
 
@@ -232,7 +226,7 @@ KILLED_SAVES = """
 import os, signal, sys
 import torch
 from pipeline import storage
-from pipeline.training.checkpoint import CheckpointWriter
+from pipeline.training.checkpoint_writer import CheckpointWriter
 
 torch.set_num_threads(1)
 run, calls = sys.argv[1], int(sys.argv[2])
