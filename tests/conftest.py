@@ -1,4 +1,7 @@
-"""Fixtures for the whole suite: a real S3 server, started once when a test first asks for it."""
+"""Fixtures for the whole suite: calm threads, a place with a tiny data set, a real S3 server.
+
+What costs seconds is made once, when a test first asks for it.
+"""
 
 import json
 import subprocess
@@ -6,10 +9,36 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+
+from pipeline.data import shards
+from tests.tiny_run import IMAGES, YAML, Home
+
+# For tiny models: on a busy machine several threads wait for each other most of the time.
+torch.set_num_threads(1)
 
 REPOSITORY = Path(__file__).parent.parent
 SERVER_PYTHON = REPOSITORY / ".venv-s3/bin/python"
 BUCKET = "tests"
+
+
+@pytest.fixture(scope="session")
+def shared_home(tmp_path_factory: pytest.TempPathFactory) -> Home:
+    """One store for the tests that take care to use run names of their own."""
+    home = Home(tmp_path_factory.mktemp("home"))
+    Path(home.yaml).write_text(YAML)
+    target = f"{home.store}/data/tiny"
+    shards.build(f"portraits:{IMAGES}", target, image_size=16, validation_fraction=0.25)
+    return home
+
+
+@pytest.fixture
+def home(shared_home: Home, monkeypatch: pytest.MonkeyPatch) -> Home:
+    """The working directory of a test, with nothing in the environment that leads elsewhere."""
+    for name in ("NVAE_STORE", "MLFLOW_TRACKING_URI", "RAY_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(shared_home.folder)
+    return shared_home
 
 
 @pytest.fixture(scope="session")

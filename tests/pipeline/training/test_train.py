@@ -1,0 +1,194 @@
+"""The loop: what an interruption changes (nothing), when something falls due, when it gives up."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.config import CadenceConfig
+from pipeline.data import shards
+from pipeline.data.index import load_index
+from pipeline.models.export import load_directory
+from pipeline.training.checkpoint import Checkpoint, best, checkpoints, newest, open_attempt
+from pipeline.training.tracking import NullTracker
+from pipeline.training.train import Cadence, DivergedError, Training, train
+from pipeline.training.worker import LocalWorker
+from tests.tiny_run import Home, points
+
+FILES = ("model", "ema", "optimizer")
+
+
+@pytest.fixture(scope="module")
+def whole(shared_home: Home) -> str:
+    """A run of 48 images that nothing interrupted."""
+    shared_home.train("whole")
+    return "whole"
+
+
+class CrashError(Exception):
+    """What ends a process in the middle, as far as the loop can tell."""
+
+
+def at_log_line(number: int, act: Callable[[], bool]) -> Callable[[], bool]:
+    """A question whether to stop that is answered by `act` at this log line, by no before."""
+    asked = 0
+
+    def answer() -> bool:
+        nonlocal asked
+        asked += 1
+        return act() if asked == number else False
+
+    return answer
+
+
+def crash() -> bool:
+    raise CrashError
+
+
+def tensors(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    return {f"{file}/{name}": tensor for file in FILES for name, tensor in checkpoint.load(file).items()}
+
+
+def last(home: Home, name: str) -> Checkpoint:
+    found = newest(home.run_url(name))
+    assert found is not None
+    return found
+
+
+def learned(home: Home, name: str) -> dict[tuple[str, int], float]:
+    """The curves without the clock's."""
+    return {
+        (metric, at): value
+        for (metric, at), value in points(home.run_url(name)).items()
+        if not metric.startswith(("speed/", "data/"))
+    }
+
+
+def test_a_run_that_was_stopped_and_continued_is_the_uninterrupted_one_bit_for_bit(
+    home: Home, whole: str
+) -> None:
+    with LocalWorker(asked_to_stop=at_log_line(5, lambda: True)) as worker:
+        assert home.train("stopped", worker=worker)["state"] == "stopped"
+    # 40 images: between two multiples of checkpoint_images.
+    assert last(home, "stopped").images_seen == 40
+    assert home.train("stopped")["state"] == "finished"
+    assert_same_run(home, whole, "stopped")
+
+
+def test_a_run_that_crashed_and_continued_is_the_uninterrupted_one_bit_for_bit(
+    home: Home, whole: str
+) -> None:
+    with pytest.raises(CrashError), LocalWorker(asked_to_stop=at_log_line(5, crash)) as worker:
+        home.train("crashed", worker=worker)
+    # Seen were 40; the last checkpoint is from before.
+    assert last(home, "crashed").images_seen == 32
+    assert home.train("crashed")["state"] == "finished"
+    assert_same_run(home, whole, "crashed")
+
+
+def assert_same_run(home: Home, one: str, other: str) -> None:
+    whole, resumed = last(home, one), last(home, other)
+    assert whole.images_seen == resumed.images_seen == 48
+    expected, found = tensors(whole), tensors(resumed)
+    assert expected.keys() == found.keys()
+    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+    assert dict(whole.record) == dict(resumed.record)
+    assert learned(home, one) == learned(home, other)
+
+
+def test_another_seed_is_another_run(home: Home, whole: str) -> None:
+    home.train("other-seed", "train.seed=2")
+    assert learned(home, whole) != learned(home, "other-seed")
+
+
+@given(
+    interval=st.integers(1, 50),
+    batches=st.lists(st.integers(1, 30), min_size=1, max_size=20),
+    more=st.integers(0, 40),
+    start=st.integers(0, 60),
+)
+def test_something_is_due_when_a_multiple_of_its_interval_was_passed_and_at_the_end(
+    interval: int, batches: list[int], more: int, start: int
+) -> None:
+    total = start + sum(batches) + more
+    config = CadenceConfig(log_images=interval, evaluate_images=7, checkpoint_images=11)
+    cadence, seen = Cadence(config, total, start), start
+    for batch in batches:
+        passed = range(seen + 1, seen + batch + 1)
+        seen += batch
+        cadence.advance(seen)
+        assert cadence.due("log") == (any(image % interval == 0 for image in passed) or seen == total)
+        # A run that is continued here decides alike: nothing is remembered but the place.
+        resumed = Cadence(config, total, passed[0] - 1)
+        resumed.advance(seen)
+        assert resumed.due("evaluate") == cadence.due("evaluate")
+        assert resumed.due("checkpoint") == cadence.due("checkpoint")
+
+
+def test_training_gives_up_when_no_update_is_finite(home: Home) -> None:
+    config = home.config(
+        "optimizer.learning_rate=1e30", "optimizer.warmup_images=0", f"data.root={home.store}/data/tiny"
+    )
+    training = Training(config, load_index(config.data.root), LocalWorker(), NullTracker(), None)
+    with pytest.raises(DivergedError, match=r"objective\.spectral_coefficient"):
+        train(training)
+
+
+def test_a_diverged_run_says_so_and_registers_nothing(home: Home) -> None:
+    end = home.train("diverged", "optimizer.learning_rate=1e30", "optimizer.warmup_images=0")
+    assert end["state"] == "diverged"
+    assert "had a finite loss and gradient" in end["reason"]
+    record = json.loads((Path(home.run_url("diverged")) / "run.json").read_text())
+    assert (record["state"], record["result"]) == ("diverged", {})
+    skipped = [v for (name, _), v in points(home.run_url("diverged")).items() if name.endswith("fraction")]
+    assert 1.0 in skipped
+
+
+def test_the_best_checkpoint_is_the_one_that_evaluated_best(home: Home) -> None:
+    home.train("measured", "cadence.evaluate_images=16", "checkpoint.keep=5")
+    url = home.run_url("measured")
+    scores = {at: value for (name, at), value in points(url).items() if name == "validation/bits_per_dim"}
+    assert sorted(scores) == [16, 32, 48]
+    for checkpoint in checkpoints(url):
+        until_then = [score for at, score in scores.items() if at <= checkpoint.images_seen]
+        assert checkpoint.record["best"] == min(until_then)
+    chosen = best(url)
+    assert chosen is not None
+    assert chosen.images_seen == min(scores, key=scores.__getitem__)
+
+
+def test_an_evaluation_that_improves_is_saved_at_once(home: Home) -> None:
+    """Else the best weights would be those of some later moment."""
+    home.train("improved", "cadence.evaluate_images=20", "cadence.checkpoint_images=48", "checkpoint.keep=5")
+    assert 20 in {checkpoint.images_seen for checkpoint in checkpoints(home.run_url("improved"))}
+
+
+def test_a_run_begins_with_the_weights_it_is_given(home: Home) -> None:
+    end = home.train("parent")
+    frozen = ("optimizer.learning_rate=1e-12", "optimizer.minimum_learning_rate=0", "train.total_images=8")
+    home.train("child", *frozen, parent="models:/nvae-parent@best")
+    given = load_directory(end["result"]["export"]).model
+    begun = open_attempt(home.run_url("child"), 8, 1).load("model")
+    for name, parameter in given.named_parameters():
+        torch.testing.assert_close(begun[name], parameter.detach(), rtol=0, atol=1e-9)
+
+
+def test_a_run_without_validation_images_trains_and_registers(home: Home) -> None:
+    root = f"{home.store}/data/all-train"
+    shards.build("portraits:8", root, image_size=8, validation_fraction=0)
+    end = home.train("all-train", f"data.root={root}", "train.total_images=8")
+    assert end["state"] == "finished"
+    assert end["result"]["metrics"] == {}
+    assert end["result"]["alias"] is None
+    assert last(home, "all-train").record["best"] is None
+
+
+def test_every_log_line_has_finite_curves(home: Home, whole: str) -> None:
+    curves = learned(home, whole)
+    assert {at for name, at in curves if name == "train/loss"} == {8, 16, 24, 32, 40, 48}
+    assert all(math.isfinite(value) for value in curves.values())
