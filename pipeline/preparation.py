@@ -17,6 +17,7 @@ from pipeline.data.loader import check_fits, default_lanes
 from pipeline.data.verification import missing_shards
 from pipeline.models.registry import Registry, load
 from pipeline.run_folder import RunError, RunRecord
+from pipeline.training.delivery import check_tracking_uri
 
 _PROBLEMS_SHOWN = 10
 
@@ -54,8 +55,10 @@ def prepare(
 
     Raises RunError if the run exists with another identity, if shards are missing, if the
     batch cannot be shared by `workers`, or if `parent` is a model of another shape;
-    ShardError if the data set does not fit the model.
+    ShardError if the data set does not fit the model; TrackingError if `tracking_uri` is no
+    address of MLflow.
     """
+    check_tracking_uri(tracking_uri)
     url = run_folder.folder(store_url, name)
     record = run_folder.read_record(url)
     config = settle(config, store_url, record)

@@ -10,7 +10,7 @@ import pytest
 from cluster.cli import main
 from pipeline import config_file, run, run_folder
 from pipeline.config import RunConfig
-from pipeline.preparation import prepare
+from pipeline.preparation import Prepared, prepare
 from pipeline.training.journal import StoredJournal, decode
 from pipeline.training.tracking import default_tracking_uri
 from pipeline.training.worker import LocalWorker
@@ -70,18 +70,26 @@ class Home:
     def run_url(self, name: str) -> str:
         return run_folder.folder(self.store, name)
 
-    def begin(self, name: str, *overrides: str, parent: str | None = None, workers: int = 1) -> run.RunSpec:
-        """As the driver does it, without the lease."""
-        return run.begin(
-            prepare(
-                self.config(*overrides),
-                name=name,
-                store_url=self.store,
-                tracking_uri=self.tracking,
-                workers=workers,
-                parent=parent,
-            )
+    def prepare(
+        self,
+        name: str,
+        *overrides: str,
+        parent: str | None = None,
+        workers: int = 1,
+        tracking: str | None = None,
+    ) -> Prepared:
+        return prepare(
+            self.config(*overrides),
+            name=name,
+            store_url=self.store,
+            tracking_uri=tracking or self.tracking,
+            workers=workers,
+            parent=parent,
         )
+
+    def begin(self, name: str, *overrides: str, **asked: Any) -> run.RunSpec:
+        """As the driver does it, without the lease."""
+        return run.begin(self.prepare(name, *overrides, **asked))
 
     def train(
         self, name: str, *overrides: str, parent: str | None = None, worker: LocalWorker | None = None

@@ -16,6 +16,8 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor, nn
 
+from pipeline import progress
+
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -140,4 +142,4 @@ class LocalWorker:
         return self._signals.received or self._asked_to_stop()
 
     def say(self, line: str) -> None:
-        print(line, flush=True)
+        progress.say(line)

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,15 @@ def test_a_record_of_a_later_release_is_refused(tmp_path: Path) -> None:
         run_folder.read_record(url)
 
 
+@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b'{"format_version": 1, "launches": [{}]}'])
+def test_a_damaged_record_is_refused_with_its_place(tmp_path: Path, content: bytes) -> None:
+    url = run_folder.folder(str(tmp_path), "faces")
+    Path(url).mkdir(parents=True)
+    (Path(url) / "run.json").write_bytes(content)
+    with pytest.raises(RunError, match=r"run\.json is damaged"):
+        run_folder.read_record(url)
+
+
 def test_a_run_is_run_by_one_launch_at_a_time(tmp_path: Path) -> None:
     url = run_folder.folder(str(tmp_path), "faces")
     with run_folder.leased(url):
@@ -92,6 +102,30 @@ def test_a_killed_run_can_be_started_again_at_once(tmp_path: Path) -> None:
         assert run_folder.lease_holder(url) is not None
 
 
+def test_another_process_with_the_number_of_a_dead_one_runs_nothing(tmp_path: Path) -> None:
+    url = run_folder.folder(str(tmp_path), "faces")
+    with run_folder.leased(url):
+        lease = json.loads((Path(url) / "lease.json").read_text())
+        assert run_folder.lease_holder(url) is not None
+        (Path(url) / "lease.json").write_text(json.dumps(lease | {"started": "1"}))
+        assert run_folder.lease_holder(url) is None
+
+
+def test_a_lease_that_was_taken_over_is_neither_renewed_nor_given_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_folder, "RENEW_SECONDS", 0.01)
+    url = run_folder.folder(str(tmp_path), "faces")
+    with run_folder.leased(url):
+        lease = json.loads((Path(url) / "lease.json").read_text())
+        # A renewal may be on its way, so that it is taken over until that is over.
+        for _ in range(10):
+            taken = lease | {"owner": "another"}
+            (Path(url) / "lease.json").write_text(json.dumps(taken))
+            time.sleep(0.02)
+    assert json.loads((Path(url) / "lease.json").read_text()) == taken
+
+
 def test_a_lease_of_another_machine_expires(tmp_path: Path) -> None:
     url = run_folder.folder(str(tmp_path), "faces")
     with run_folder.leased(url):
@@ -111,6 +145,13 @@ def test_a_stop_request_is_there_until_it_is_cleared(tmp_path: Path) -> None:
     assert run_folder.stop_requested(url)
     run_folder.clear_stop(url)
     assert not run_folder.stop_requested(url)
+
+
+def test_a_store_that_does_not_answer_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "none")
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:1")
+    assert not run_folder.stop_requested("s3://bucket/runs/faces")
 
 
 def test_a_deleted_run_leaves_nothing(tmp_path: Path) -> None:
