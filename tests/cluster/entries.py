@@ -64,7 +64,7 @@ def work_killed_once(arguments: Mapping[str, Any], worker: Worker) -> dict[str, 
 
 def refuse(arguments: Mapping[str, Any], worker: Worker) -> dict[str, Any]:
     """One rank finds a user's mistake while the others wait for it."""
-    Path(arguments["tries"], f"{os.getpid()}-{worker.rank}").touch()
+    _note_try(arguments, worker)
     if worker.rank == worker.world_size - 1:
         raise ConfigError([Problem("here", "train.seed", "is odd"), Problem("there", "data", "is odd")])
     worker.barrier()
@@ -73,5 +73,11 @@ def refuse(arguments: Mapping[str, Any], worker: Worker) -> dict[str, Any]:
 
 def fail(arguments: Mapping[str, Any], worker: Worker) -> dict[str, Any]:
     """A bug: trying again does not help."""
-    Path(arguments["tries"], f"{os.getpid()}-{worker.rank}").touch()
+    _note_try(arguments, worker)
     raise ZeroDivisionError("a bug of ours")
+
+
+def _note_try(arguments: Mapping[str, Any], worker: Worker) -> None:
+    """Leave a file for this process; returns when every rank has."""
+    Path(arguments["tries"], f"{os.getpid()}-{worker.rank}").touch()
+    worker.barrier()
