@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from pipeline import run_folder, settings
+from pipeline import lease, run_folder, settings
 from pipeline import store as stores
 from pipeline.run_folder import RunRecord
 from pipeline.training.checkpoint import checkpoints, images_saved
@@ -55,7 +55,7 @@ def stop(name: str, store: str | None) -> str:
     located = stores.locate(store)
     run_folder.known_record(located, name)
     url = run_folder.folder(located, name)
-    if run_folder.lease_holder(url) is None:
+    if lease.holder(url) is None:
         return f"Nobody is running {name}."
     run_folder.request_stop(url)
     return f"{name} will write a checkpoint and stop at its next log line."
@@ -78,6 +78,6 @@ def delete(name: str, store: str | None) -> str:
 
 def _state(store: str, record: RunRecord) -> str:
     """The recorded state; a run that was killed cannot have recorded that it ended."""
-    if record.state == "running" and run_folder.lease_holder(run_folder.folder(store, record.name)) is None:
+    if record.state == "running" and lease.holder(run_folder.folder(store, record.name)) is None:
         return "killed"
     return record.state

@@ -12,7 +12,7 @@ import torch
 from cluster.models import tracking_uri
 from nvae.config import NVAEConfig
 from nvae.model import NVAE
-from pipeline import config_file, run, run_folder, storage
+from pipeline import config_file, lease, run, run_folder, storage
 from pipeline import store as stores
 from pipeline.config import RunConfig
 from pipeline.preparation import check_batch, prepare
@@ -125,7 +125,7 @@ def execute(plan: Plan) -> int:
         workers=plan.workers,
         parent=plan.parent,
     )
-    with run_folder.leased(prepared.url):
+    with lease.held(prepared.url):
         spec = run.begin(prepared)
         with run.running(spec, plan.workers) as end:
             end.update(_work(plan, spec))

@@ -1,40 +1,25 @@
-"""A run's folder in the store: its record, its lease, its stop request.
+"""A run's folder in the store: its record and its stop request.
 
 STORE/runs/NAME/
   run.json       the record: configuration, data set, MLflow run, every launch and its end
-  lease.json     who is running it now, renewed while it runs
+  leases/        who is running it now (lease.py)
   stop           present when somebody asked the run to stop
   checkpoints/   written by training/checkpoint.py
   journal/, pictures/, files/    written by training/tracking.py
   ray/           Ray's own files while it runs the run
-
-Object stores have no locks that all of them honour (conditional writes are refused or
-ignored by several), so the lease is written, then read back: of two launches at the same
-moment the later writer wins and the other withdraws. A lease that nobody renews expires;
-one whose process is gone from this very machine counts for nothing, so that a killed run
-can be started again at once.
 """
 
 import json
 import logging
-import os
 import re
-import socket
-import threading
-import time
-import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any, Literal
 
-from pipeline import storage
+from pipeline import lease, storage
 from pipeline.errors import InputError
 
-LEASE_SECONDS = 60.0
-RENEW_SECONDS = 10.0
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 
 logger = logging.getLogger(__name__)
@@ -169,7 +154,7 @@ def clear_stop(url: str) -> None:
 
 def check_deletable(url: str) -> None:
     """Raises RunError while the run is running."""
-    holder = lease_holder(url)
+    holder = lease.holder(url)
     if holder is not None:
         raise RunError(f"{url} is being run by {holder}; stop it first with `nvae runs stop`.")
 
@@ -181,106 +166,3 @@ def delete(url: str) -> None:
         if name != "run.json":
             storage.delete(storage.join(url, name), recursive=True)
     storage.delete(url, recursive=True)
-
-
-# -- lease ------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Lease:
-    owner: str
-    host: str
-    boot: str
-    pid: int
-    started: str
-    """When the process was started, by its machine's clock; the number alone is used again."""
-    renewed: float
-    """Seconds since the epoch, by the owner's clock."""
-
-
-def _boot_id() -> str:
-    """Identifies this machine since its last start; empty where the system does not tell."""
-    path = Path("/proc/sys/kernel/random/boot_id")
-    return path.read_text().strip() if path.exists() else ""
-
-
-def _started(pid: int) -> str:
-    """Start of a process of this machine, in ticks since its boot; empty if there is none."""
-    try:
-        status = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return ""
-    # The second field, the program's name in brackets, may itself hold blanks and brackets.
-    return status.rpartition(")")[2].split()[19]
-
-
-def _read_lease(url: str) -> _Lease | None:
-    lease_url = storage.join(url, "lease.json")
-    if not storage.exists(lease_url):
-        return None
-    return _Lease(**json.loads(storage.read_text(lease_url)))
-
-
-def _write_lease(url: str, owner: str) -> None:
-    pid = os.getpid()
-    lease = _Lease(owner, socket.gethostname(), _boot_id(), pid, _started(pid), time.time())
-    storage.write_bytes(storage.join(url, "lease.json"), json.dumps(asdict(lease)).encode())
-
-
-def _is_alive(lease: _Lease) -> bool:
-    if lease.host == socket.gethostname() and lease.boot == _boot_id() != "":
-        return _started(lease.pid) == lease.started != ""
-    return time.time() - lease.renewed < LEASE_SECONDS
-
-
-def lease_holder(url: str) -> str | None:
-    """`host, process N` of whoever runs this run now; None if nobody does."""
-    lease = _read_lease(url)
-    return f"{lease.host}, process {lease.pid}" if lease is not None and _is_alive(lease) else None
-
-
-@contextmanager
-def leased(url: str) -> Iterator[None]:
-    """Hold the run's lease; raises RunError if somebody else does."""
-    holder = lease_holder(url)
-    if holder is not None:
-        raise RunError(
-            f"{url} is already being run by {holder}. Wait for it, stop it with `nvae runs stop`, "
-            "or give the new run another --name."
-        )
-    owner = uuid.uuid4().hex
-    _write_lease(url, owner)
-    if not _is_held_by(url, owner):
-        raise RunError(f"{url} was started by somebody else at the same moment; this launch withdraws.")
-    done = threading.Event()
-    renewal = threading.Thread(target=_renew, args=(url, owner, done), name="lease", daemon=True)
-    renewal.start()
-    try:
-        yield
-    finally:
-        done.set()
-        renewal.join()
-        try:
-            if _is_held_by(url, owner):
-                storage.delete(storage.join(url, "lease.json"))
-        except storage.StoreError as error:
-            # What was done is done; a lease that nobody renews expires.
-            logger.warning("the lease of %s could not be given back: %s", url, error)
-
-
-def _is_held_by(url: str, owner: str) -> bool:
-    lease = _read_lease(url)
-    return lease is not None and lease.owner == owner
-
-
-def _renew(url: str, owner: str, done: threading.Event) -> None:
-    """Renew the lease until `done`, or until somebody took it over while we could not."""
-    while not done.wait(RENEW_SECONDS):
-        try:
-            if not _is_held_by(url, owner):
-                logger.warning("%s was taken over by another launch", url)
-                return
-            _write_lease(url, owner)
-        except storage.StoreError as error:
-            # An outage of the store must not end the training; the next renewal may succeed.
-            logger.warning("the lease of %s could not be renewed: %s", url, error)

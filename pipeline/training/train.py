@@ -151,7 +151,7 @@ def train(
         rank=worker.rank,
         world_size=worker.world_size,
         start=state.images_seen,
-        stop=total,
+        stop=whole_batches(total, config.train.batch_size, state.images_seen),
     )
     # Closed however the loop is left, for the batches that are made ahead have threads.
     with closing(batches):
@@ -178,6 +178,15 @@ def train(
             if stopping:
                 return "stopped"
     return "finished"
+
+
+def whole_batches(total_images: int, batch_size: int, images_seen: int) -> int:
+    """Where the training ends: `total_images`, rounded up so that the last batch is a whole one.
+
+    The share of every rank is then the same in every update, and so is its number of
+    micro-batches, each of which is a meeting of all ranks.
+    """
+    return images_seen + -(-(total_images - images_seen) // batch_size) * batch_size
 
 
 def step(training: Training, state: TrainState, model: nn.Module, batch: Batch, metrics: Metrics) -> None:

@@ -1,15 +1,10 @@
 """A run's folder: who may run it, who asked it to stop, what is known of it."""
 
-import json
-import subprocess
-import sys
-import textwrap
-import time
 from pathlib import Path
 
 import pytest
 
-from pipeline import run_folder
+from pipeline import lease, run_folder
 from pipeline.run_folder import RunError, RunRecord
 
 
@@ -62,80 +57,12 @@ def test_a_damaged_record_is_refused_with_its_place(tmp_path: Path, content: byt
         run_folder.read_record(url)
 
 
-def test_a_run_is_run_by_one_launch_at_a_time(tmp_path: Path) -> None:
+def test_a_running_run_is_not_deleted(tmp_path: Path) -> None:
     url = run_folder.folder(str(tmp_path), "faces")
-    with run_folder.leased(url):
-        assert run_folder.lease_holder(url) is not None
-        with pytest.raises(RunError, match="already being run by"), run_folder.leased(url):
-            pass
-        with pytest.raises(RunError, match="stop it first"):
-            run_folder.delete(url)
-    assert run_folder.lease_holder(url) is None
-    with run_folder.leased(url):
-        pass
-
-
-def test_a_killed_run_can_be_started_again_at_once(tmp_path: Path) -> None:
-    url = run_folder.folder(str(tmp_path), "faces")
-    holder = subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            textwrap.dedent(f"""
-                from pipeline import run_folder
-                with run_folder.leased({url!r}):
-                    print("running", flush=True)
-                    input()
-            """),
-        ],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    with holder:
-        assert holder.stdout is not None
-        assert holder.stdout.readline() == "running\n"
-        assert run_folder.lease_holder(url) is not None
-        holder.kill()
-    assert run_folder.lease_holder(url) is None
-    with run_folder.leased(url):
-        assert run_folder.lease_holder(url) is not None
-
-
-def test_another_process_with_the_number_of_a_dead_one_runs_nothing(tmp_path: Path) -> None:
-    url = run_folder.folder(str(tmp_path), "faces")
-    with run_folder.leased(url):
-        lease = json.loads((Path(url) / "lease.json").read_text())
-        assert run_folder.lease_holder(url) is not None
-        (Path(url) / "lease.json").write_text(json.dumps(lease | {"started": "1"}))
-        assert run_folder.lease_holder(url) is None
-
-
-def test_a_lease_that_was_taken_over_is_neither_renewed_nor_given_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(run_folder, "RENEW_SECONDS", 0.01)
-    url = run_folder.folder(str(tmp_path), "faces")
-    with run_folder.leased(url):
-        lease = json.loads((Path(url) / "lease.json").read_text())
-        # A renewal may be on its way, so that it is taken over until that is over.
-        for _ in range(10):
-            taken = lease | {"owner": "another"}
-            (Path(url) / "lease.json").write_text(json.dumps(taken))
-            time.sleep(0.02)
-    assert json.loads((Path(url) / "lease.json").read_text()) == taken
-
-
-def test_a_lease_of_another_machine_expires(tmp_path: Path) -> None:
-    url = run_folder.folder(str(tmp_path), "faces")
-    with run_folder.leased(url):
-        lease = json.loads((Path(url) / "lease.json").read_text())
-    elsewhere = lease | {"host": "elsewhere", "owner": "another"}
-    (Path(url) / "lease.json").write_text(json.dumps(elsewhere))
-    assert run_folder.lease_holder(url) == f"elsewhere, process {lease['pid']}"
-    expired = elsewhere | {"renewed": lease["renewed"] - run_folder.LEASE_SECONDS - 1}
-    (Path(url) / "lease.json").write_text(json.dumps(expired))
-    assert run_folder.lease_holder(url) is None
+    run_folder.write_record(url, a_record())
+    with lease.held(url), pytest.raises(RunError, match="stop it first"):
+        run_folder.delete(url)
+    assert run_folder.read_record(url) is not None
 
 
 def test_a_stop_request_is_there_until_it_is_cleared(tmp_path: Path) -> None:

@@ -1,0 +1,103 @@
+"""The lease of a run: one launch at a time, whatever dies and whenever."""
+
+import json
+import subprocess
+import sys
+import textwrap
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Barrier
+
+import pytest
+
+from pipeline import lease
+from pipeline.lease import LeaseError
+
+
+def claim_files(url: Path) -> list[Path]:
+    return sorted((url / "leases").glob("*.json"))
+
+
+def test_a_run_is_run_by_one_launch_at_a_time(tmp_path: Path) -> None:
+    with lease.held(str(tmp_path)):
+        assert lease.holder(str(tmp_path)) is not None
+        with pytest.raises(LeaseError, match="already being run by"), lease.held(str(tmp_path)):
+            pass
+        assert lease.holder(str(tmp_path)) is not None
+    assert lease.holder(str(tmp_path)) is None
+    assert claim_files(tmp_path) == []
+
+
+def test_of_many_launches_at_the_same_moment_at_most_one_goes_on(tmp_path: Path) -> None:
+    launches = 8
+    for number in range(25):
+        url, start, leave = str(tmp_path / str(number)), Barrier(launches), Barrier(launches)
+
+        def launch(url: str = url, start: Barrier = start, leave: Barrier = leave) -> str:
+            start.wait()
+            try:
+                with lease.held(url):
+                    leave.wait()
+                    return "ran"
+            except LeaseError:
+                leave.wait()
+                return "withdrew"
+
+        with ThreadPoolExecutor(launches) as pool:
+            outcomes = Counter(future.result() for future in [pool.submit(launch) for _ in range(launches)])
+        assert outcomes["ran"] <= 1
+        assert outcomes.total() == launches
+        with lease.held(url):
+            pass
+
+
+def test_a_killed_run_can_be_started_again_at_once(tmp_path: Path) -> None:
+    script = f"""
+        from pipeline import lease
+        with lease.held({str(tmp_path)!r}):
+            print("running", flush=True)
+            input()
+    """
+    holder = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "running\n"
+        assert lease.holder(str(tmp_path)) is not None
+        holder.kill()
+    assert lease.holder(str(tmp_path)) is None
+    with lease.held(str(tmp_path)):
+        assert len(claim_files(tmp_path)) == 1
+
+
+def test_another_process_with_the_number_of_a_dead_one_runs_nothing(tmp_path: Path) -> None:
+    with lease.held(str(tmp_path)):
+        (file,) = claim_files(tmp_path)
+        claim = json.loads(file.read_text())
+        file.write_text(json.dumps(claim | {"started": "1"}))
+        assert lease.holder(str(tmp_path)) is None
+
+
+def test_a_claim_of_another_machine_expires(tmp_path: Path) -> None:
+    with lease.held(str(tmp_path)):
+        claim = json.loads(claim_files(tmp_path)[0].read_text())
+    elsewhere = claim | {"host": "elsewhere", "owner": "another"}
+    file = tmp_path / "leases" / "another.json"
+    file.write_text(json.dumps(elsewhere))
+    assert lease.holder(str(tmp_path)) == f"elsewhere, process {claim['pid']}"
+    file.write_text(json.dumps(elsewhere | {"renewed": claim["renewed"] - lease.LEASE_SECONDS - 1}))
+    assert lease.holder(str(tmp_path)) is None
+
+
+def test_a_lease_is_renewed_while_it_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "RENEW_SECONDS", 0.01)
+    with lease.held(str(tmp_path)):
+        (file,) = claim_files(tmp_path)
+        first = json.loads(file.read_text())["renewed"]
+        while json.loads(file.read_text())["renewed"] == first:
+            pass
