@@ -1,5 +1,7 @@
 """`nvae train`: from what the user typed to a run that has ended."""
 
+import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -167,12 +169,14 @@ def farewell(plan: Plan, spec: run.RunSpec, end: Mapping[str, Any]) -> str:
         "checkpoints": storage.join(spec.url, "checkpoints"),
         "curves": f"{storage.shown(spec.tracking_uri)}, run {result['mlflow_run_id']}",
     }
-    flags = _flags(plan)
+    flags, nvae, mlflow = _flags(plan), _command("nvae"), _command("mlflow")
     following = [
-        f"nvae sample {model} samples.png --count 36 --temperature 0.8{flags}",
-        f"nvae evaluate {model} --samples 20{flags}",
-        f"nvae registry list{flags}",
-        f"mlflow ui --backend-store-uri {quote(spec.tracking_uri)}" if "sqlite" in spec.tracking_uri else "",
+        f"{nvae} sample {model} samples.png --count 36 --temperature 0.8{flags}",
+        f"{nvae} evaluate {model} --samples 20{flags}",
+        f"{nvae} registry list{flags}",
+        f"{mlflow} ui --backend-store-uri {quote(spec.tracking_uri)}"
+        if "sqlite" in spec.tracking_uri
+        else "",
     ]
     return "\n".join(
         [
@@ -181,9 +185,17 @@ def farewell(plan: Plan, spec: run.RunSpec, end: Mapping[str, Any]) -> str:
             *(f"  {what:<16} {place}" for what, place in where.items()),
             "",
             "Try next:",
-            *(f"  {command}" for command in following if command),
+            *(f"  {command}" for command in following),
         ]
     )
+
+
+def _command(name: str) -> str:
+    """A command as it can be typed here: its name, or its path where it is not on the PATH."""
+    if shutil.which(name):
+        return name
+    beside = Path(sys.argv[0]).with_name(name)
+    return str(beside.relative_to(Path.cwd()) if beside.is_relative_to(Path.cwd()) else beside)
 
 
 def _flags(plan: Plan) -> str:
