@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from cluster.cli import cli
-from pipeline import config_file, run_folder
+from pipeline import config_file, lease, run_folder
 from pipeline.models.registry import Registry
 from tests.tiny_run import NVAE, Home, Outcome, nvae, points
 
@@ -193,7 +193,7 @@ def test_divergence_for_good_is_exit_code_3(home: Home, capsys: Capture) -> None
 
 
 def test_a_run_that_is_running_is_not_started_again(home: Home, capsys: Capture) -> None:
-    with run_folder.leased(home.run_url("busy")):
+    with lease.held(home.run_url("busy")):
         refused = nvae(capsys, "train", "tiny.yaml", "--local", "--name", "busy")
     assert_refused(refused, "already being run by")
 
