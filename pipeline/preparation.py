@@ -17,6 +17,7 @@ from pipeline.data.loader import check_fits, default_lanes
 from pipeline.data.verification import missing_shards
 from pipeline.models.registry import Registry, load
 from pipeline.run_folder import RunError, RunRecord
+from pipeline.training.checkpoint import checkpoints
 from pipeline.training.delivery import check_tracking_uri
 
 _PROBLEMS_SHOWN = 10
@@ -67,7 +68,7 @@ def prepare(
     check_fits(config, data)
     _check_shards(data)
     if record is not None:
-        _check_identity(config, data, record, parent)
+        _check_identity(config, data, record, url, parent)
         parent, initial = record.parent, record.initial_model
     else:
         initial = _pinned(parent, tracking_uri) if parent else None
@@ -120,23 +121,32 @@ def _check_shards(data: Index) -> None:
         )
 
 
-def _check_identity(config: RunConfig, data: Index, record: RunRecord, parent: str | None) -> None:
+def _check_identity(config: RunConfig, data: Index, record: RunRecord, url: str, parent: str | None) -> None:
     """Raises RunError if this is not the run that the record describes."""
     recorded = config_file.from_mapping(record.config, f"the record of the run {record.name}")
-    changes = [
-        f"  {path}: {was!r} -> {now!r}" for path, was, now in config_file.identity_changes(recorded, config)
-    ]
+    differing = config_file.identity_changes(recorded, config)
+    changes = [f"  {path}: {was!r} -> {now!r}" for path, was, now in differing]
     if data.content_hash != record.data_hash:
         changes.append(f"  the data set: content {record.data_hash[:12]} -> {data.content_hash[:12]}")
     if parent not in (None, record.parent, record.initial_model):
         changes.append(f"  --from: {record.parent!r} -> {parent!r}")
     if changes:
+        same_shape = not any(path.startswith("model.") for path, _, _ in differing)
         raise RunError(
             f"The run {record.name!r} exists and these settings, which make it the run it is, differ:\n"
             + "\n".join(changes)
-            + "\nContinue it with its own settings, or start another run that begins with its weights:\n"
-            f"  nvae train ... --from models:/{registered_name(record.name, config)}@best --name NEW-NAME"
+            + "\nContinue it with its own settings, or give the new run another --name."
+            + (_advice_to_begin_with(record, url) if same_shape else "")
         )
+
+
+def _advice_to_begin_with(record: RunRecord, url: str) -> str:
+    """How another run can begin with what this one has learned, if it has saved anything yet."""
+    saved = checkpoints(url)
+    if not saved:
+        return ""
+    model = record.result.get("model") or saved[0].url
+    return f" To begin with this run's weights:\n  nvae train ... --from {model} --name NEW-NAME"
 
 
 def _pinned(model: str, tracking_uri: str) -> str:

@@ -10,8 +10,9 @@ repeating the command is always the right thing to do.
 import platform
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -23,6 +24,7 @@ from nvae.model import NVAE
 from pipeline import config_file, run_folder, storage
 from pipeline.config import RunConfig
 from pipeline.data.index import VALIDATION, load_index
+from pipeline.data.loader import Batch
 from pipeline.errors import FailedError
 from pipeline.models.evaluation import evaluate
 from pipeline.models.export import Lineage, export
@@ -37,6 +39,8 @@ from pipeline.training.train import DivergedError, Training, draw_pictures, trai
 from pipeline.training.worker import Worker
 
 EXPERIMENT = "nvae"
+PROGRESS_SECONDS = 10.0
+"""Between two lines of a long evaluation."""
 
 
 @dataclass(frozen=True)
@@ -183,7 +187,11 @@ def _work(training: Training, spec: RunSpec, resume: Checkpoint | None) -> dict[
         if state != "finished":
             tracker.status("KILLED" if state == "stopped" else "FAILED")
             return {"state": state, "reason": reason}
-    result = _finish(training, spec)
+    try:
+        result = _finish(training, spec)
+    except _StoppedError:
+        tracker.status("KILLED")
+        return {"state": "stopped", "reason": ""}
     tracker.status("FINISHED")
     return {"state": "finished", "reason": "", "result": result}
 
@@ -237,7 +245,7 @@ def _finish(training: Training, spec: RunSpec) -> dict[str, Any]:
     if training.data.num_samples(VALIDATION):
         worker.say("Evaluating the best checkpoint on the whole validation split ...")
         model = loaded.model.to(worker.device)
-        batches = validation_batches(training)
+        batches = _stoppable(validation_batches(training), training)
         scores = evaluate(model, config, batches, worker, config.evaluation.importance_samples)
         worker.say(evaluation_line(scores, chosen.images_seen))
         training.tracker.log(
@@ -248,6 +256,32 @@ def _finish(training: Training, spec: RunSpec) -> dict[str, Any]:
     pictures = draw_pictures(training, loaded.model, at=chosen.images_seen) if scores else []
     result = _register(training, spec, chosen, loaded.model.cpu(), scores)
     return {**result, "pictures": [storage.join(spec.url, picture) for picture in pictures]}
+
+
+class _StoppedError(Exception):
+    """The run was asked to stop while its best checkpoint was evaluated."""
+
+
+def _stoppable(batches: Generator[Batch, None, None], training: Training) -> Iterator[Batch]:
+    """The batches, with a line every few seconds; raises _StoppedError on all ranks alike.
+
+    With a thousand importance samples a batch takes minutes. Asking whether to stop is a
+    meeting of all ranks, so that each asks equally often, however many batches it has.
+    """
+    worker, batch_size = training.worker, training.config.evaluation.batch_size
+    count = training.data.num_samples(VALIDATION)
+    per_round = worker.world_size * batch_size
+    said = time.monotonic()
+    with closing(batches):
+        for number in range(-(-count // per_round)):
+            if worker.stop_requested():
+                raise _StoppedError
+            if time.monotonic() - said > PROGRESS_SECONDS:
+                said = time.monotonic()
+                worker.say(f"Evaluated {number * per_round:,} of {count:,} images")
+            batch = next(batches, None)
+            if batch is not None:
+                yield batch
 
 
 def _register(

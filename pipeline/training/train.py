@@ -10,7 +10,7 @@ decision by values that are the same on all of them, so none waits for another i
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Literal
@@ -244,7 +244,7 @@ def evaluate_and_show(training: Training, state: TrainState) -> dict[str, float]
     return scores
 
 
-def validation_batches(training: Training, limit: int | None = None) -> Iterator[Batch]:
+def validation_batches(training: Training, limit: int | None = None) -> Generator[Batch, None, None]:
     """This rank's share of the validation split, or of its first `limit` images."""
     return evaluation_batches(
         training.config,

@@ -18,6 +18,7 @@ from pipeline.errors import FailedError, InputError
 from pipeline.models.export import RegistryError
 from pipeline.models.registry import Registry
 from pipeline.run_folder import RunError
+from pipeline.training.checkpoint import images_saved
 from pipeline.training.tracking import TrackingError
 from pipeline.training.worker import LocalWorker
 from tests.tiny_run import Home, points
@@ -78,7 +79,12 @@ REFUSALS: dict[str, tuple[Callable[[Home], dict[str, Any]], type[InputError], st
         },
         RunError,
         r"model\.latent_channels: 2 -> 3\n(.|\n)*optimizer\.ema_decay: 0\.9 -> 0\.5\n"
-        r"(.|\n)*train\.seed: 1 -> 7\n(.|\n)*--from models:/nvae-all-of-it@best --name",
+        r"(.|\n)*train\.seed: 1 -> 7\n(.|\n)*give the new run another --name\.$",
+    ),
+    "another identity of the same shape": (
+        lambda home: {"name": RUN, "overrides": ["train.seed=7"]},
+        RunError,
+        r"train\.seed: 1 -> 7\n(.|\n)*--from models:/nvae-all-of-it/1 --name NEW-NAME",
     ),
     "another data set": (
         lambda home: {"name": RUN, "overrides": [f"data.root={another_data_set(home)}"]},
@@ -262,6 +268,18 @@ def test_a_continued_run_has_one_mlflow_run_and_one_curve(home: Home) -> None:
     assert second.mlflow_run_id == first.mlflow_run_id
     assert (second.state, len(second.launches), second.created) == ("finished", 2, first.created)
     assert [at for at, _ in history(home, "continued", "train/loss")] == [8, 16, 24, 32, 40, 48]
+
+
+def test_the_last_evaluation_can_be_stopped_and_continued(home: Home) -> None:
+    """At its end the training itself no longer asks; the evaluation after it may take days."""
+    cadence = ["cadence.log_images=48", "cadence.evaluate_images=48"]
+    with LocalWorker(asked_to_stop=lambda: True) as worker:
+        assert home.train("late", *cadence, worker=worker) == {"state": "stopped", "reason": ""}
+    assert images_saved(home.run_url("late")) == 48
+    with pytest.raises(RegistryError, match="nvae-late"):
+        Registry(home.tracking).versions("nvae-late")
+    assert home.train("late", *cadence)["result"]["model"] == "models:/nvae-late/1"
+    assert [at for at, _ in history(home, "late", "train/loss")] == [48]
 
 
 def test_a_finished_run_that_is_repeated_registers_nothing_twice(
