@@ -6,6 +6,7 @@ continuous integration or in a Ray worker, whose output is forwarded line by lin
 bars: they would be cut to pieces there. Training shows one aligned line per log interval instead.
 """
 
+import math
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -86,7 +87,7 @@ def table(rows: Iterable[Mapping[str, object]], columns: Mapping[str, str]) -> N
 
     A terminal gets a table of its width, anything else tab-separated lines, complete.
     """
-    console = Console()
+    console, rows = Console(), list(rows)
     cells = [[_cell(row.get(key)) for key in columns] for row in rows]
     if not console.is_terminal:
         for line in [list(columns.values()), *cells]:
@@ -126,6 +127,19 @@ def _number(value: float | None, form: str) -> str:
 
 
 def _cell(value: object) -> str:
+    """A value in words: no brackets, no quotes, and a dash for nothing."""
+    if isinstance(value, Mapping):
+        value = [f"{key} {_cell(each)}" for key, each in value.items()]
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_cell, value)) or "-"
     if value is None:
         return "-"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return _digits(value) if isinstance(value, float) else str(value)
+
+
+def _digits(value: float) -> str:
+    """Five significant digits, and tenths in any case; an exponent at unusual sizes only."""
+    if not 1e-4 <= abs(value) < 1e9:
+        return f"{value:.5g}"
+    decimals = max(1, 4 - math.floor(math.log10(abs(value))))
+    return f"{value:.{decimals}f}".rstrip("0").rstrip(".")

@@ -1,7 +1,11 @@
 """What a user sees: complete where it is piped, aligned where it is read."""
 
-import pytest
+import re
 
+import pytest
+from rich.console import Console
+
+from pipeline import progress
 from pipeline.progress import duration, evaluation_line, say, table, track, training_line
 
 
@@ -18,7 +22,42 @@ def test_status_lines_are_left_as_they_are_and_apart_from_results(capsys):
 def test_a_piped_table_is_complete_and_separated_by_tabs(capsys):
     rows = [{"name": "n" * 200, "bits": 0.690123}, {"name": "[b]", "bits": None}]
     table(rows, {"name": "NAME", "bits": "BITS/DIM"})
-    assert capsys.readouterr().out.splitlines() == ["NAME\tBITS/DIM", "n" * 200 + "\t0.6901", "[b]\t-"]
+    assert capsys.readouterr().out.splitlines() == ["NAME\tBITS/DIM", "n" * 200 + "\t0.69012", "[b]\t-"]
+
+
+def test_a_table_in_a_terminal_has_its_numbers_on_the_right_and_its_words_on_the_left(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "Console", lambda: Console(force_terminal=True, no_color=True, width=60))
+    rows = ({"name": name, "bits": bits} for name, bits in (("[b]", 0.5), ("longest", None), ("x", 12.25)))
+    table(rows, {"name": "NAME", "bits": "BITS/DIM"})
+    lines = [line.rstrip() for line in re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out).splitlines()]
+    assert lines == [
+        "NAME     BITS/DIM",
+        "[b]           0.5",
+        "longest         -",
+        "x           12.25",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (17810.3, "17810.3"),
+        (-123456.78, "-123456.8"),
+        (2.5, "2.5"),
+        (0.0012345678, "0.0012346"),
+        (0.0, "0"),
+        (48.0, "48"),
+        (3e-9, "3e-09"),
+        (float("nan"), "nan"),
+        (None, "-"),
+        ([], "-"),
+        ([4, 4, 0.25], "4, 4, 0.25"),
+        ({"host": "here", "workers": 2}, "host here, workers 2"),
+    ],
+)
+def test_values_are_shown_without_exponents_and_brackets(capsys, value, text):
+    table([{"value": value}], {"value": "VALUE"})
+    assert capsys.readouterr().out == f"VALUE\n{text}\n"
 
 
 def test_training_lines_stand_below_each_other():
