@@ -153,7 +153,9 @@ def _read(source: str) -> _File:
     try:
         return _File(f"configs/{source}.yaml" if is_preset else source, str(path), path.read_text("utf-8"))
     except FileNotFoundError:
-        guess = "".join(f"; did you mean {name}?" for name in get_close_matches(source, presets(), 1))
+        guess = "".join(
+            f"; did you mean {name}?" for name in get_close_matches(Path(source).stem, presets(), 1)
+        )
         message = f"is neither a file nor one of the presets {', '.join(presets())}{guess}"
         raise ConfigError([Problem("", source, message)]) from None
     except (OSError, UnicodeDecodeError) as error:
@@ -190,6 +192,8 @@ class _Draft:
         self.name = name
         self.given: dict[str, _Given] = {}
         self.problems: list[Problem] = []
+        self.partly_read = False
+        """Whether a file could not be read: nobody knows then what else was given."""
 
     def add_file(self, file: _File, is_base: bool = False) -> None:
         """Put a file over what is there, and its base below it."""
@@ -200,12 +204,24 @@ class _Draft:
             entries[entry.path] = entry
         base = entries.pop("base", None)
         if base and is_base:
-            self._report(base, "this file is a base itself and cannot have one")
+            self._refuse_base(base, "this file is a base itself and cannot have one")
         elif base and not isinstance(base.value, str):
-            self._report(base, f"must be the name of a preset or file, not {base.value!r}")
+            self._refuse_base(base, f"must be the name of a preset or file, not {base.value!r}")
         elif base:
-            self.add_file(_read(_beside(file.location, base.value)), is_base=True)
+            self._add_base(base, _beside(file.location, base.value))
         self.add(entries.values())
+
+    def _add_base(self, base: _Given, source: str) -> None:
+        try:
+            file = _read(source)
+        except InputError as error:
+            self._refuse_base(base, str(error))
+        else:
+            self.add_file(file, is_base=True)
+
+    def _refuse_base(self, base: _Given, message: str) -> None:
+        self._report(base, message)
+        self.partly_read = True
 
     def add_override(self, text: str, origin: str) -> None:
         """Put one KEY=VALUE over what is there; the value is YAML."""
@@ -262,6 +278,8 @@ class _Draft:
         return values
 
     def _check_complete(self) -> None:
+        if self.partly_read:
+            return
         # A misspelt setting is reported as that, not as missing too.
         named = {problem.path for problem in self.problems}
         meant = named | {nearest(path) for path in named} | self.given.keys()
@@ -271,10 +289,10 @@ class _Draft:
                 self.problems.append(Problem(self.name, path, message))
 
     def _check_rules(self, values: Mapping[str, Any]) -> None:
-        """What must hold between settings, as far as these are fine alone."""
+        """What must hold between settings, as far as these are known and fine alone."""
         refused = {problem.path for problem in self.problems}
         for rule in RULES:
-            required = [path for path in rule.paths if settings()[path].required]
+            required = [path for path in rule.paths if self.partly_read or settings()[path].required]
             if refused.isdisjoint(rule.paths) and values.keys() >= set(required):
                 operands = [values.get(path, settings()[path].default) for path in rule.paths]
                 if not rule.holds(*operands):
@@ -288,6 +306,7 @@ class _Draft:
             return [_Given(entry.path, entry.value, at(entry.line)) for entry in config_yaml.read(text, path)]
         except config_yaml.PlainYAMLError as error:
             self.problems.append(Problem(at(error.line), path, error.message))
+            self.partly_read |= is_file
             return []
 
     def _report(self, entry: _Given, message: str) -> None:

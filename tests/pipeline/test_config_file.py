@@ -168,6 +168,20 @@ def test_a_file_that_is_its_own_base_is_refused(tmp_path):
     assert "base" in problems(write(tmp_path, "base: run.yaml\n" + COMPLETE))
 
 
+def test_a_base_that_cannot_be_read_is_told_with_its_place_and_the_other_mistakes(tmp_path):
+    path = write(tmp_path, "base: quickstrat.yaml\ntrain: {batch_size: 0}\n")
+    found = problems(path, "spectral_coefficient=1")
+    base = found.pop("base")
+    assert base.startswith(f"{path}:1: {tmp_path}/quickstrat.yaml: is neither a file nor one of the presets")
+    assert base.endswith("did you mean quickstart?")
+    assert found.keys() == {"train.batch_size", "spectral_coefficient"}
+
+
+def test_settings_that_an_unreadable_base_may_have_given_are_not_held_against_the_others(tmp_path):
+    text = "base: [nope]\noptimizer: {minimum_learning_rate: 0.1}\n"
+    assert problems(write(tmp_path, text)).keys() == {"base"}
+
+
 def test_a_setting_given_twice_is_refused(tmp_path):
     path = write(tmp_path, COMPLETE + "train.batch_size: 20\n")
     assert problems(path) == {"train.batch_size": f"{path}:6: is given already at {path}:4"}
@@ -190,7 +204,14 @@ def test_a_setting_given_twice_is_refused(tmp_path):
     ],
 )
 def test_anything_but_plain_yaml_is_refused(tmp_path, text, message):
-    assert message in problems(write(tmp_path, text))[""]
+    found = problems(write(tmp_path, text))
+    assert message in found.pop("")
+    assert found == {}  # what is missing is not known
+
+
+def test_a_file_that_cannot_be_parsed_does_not_hide_the_mistakes_of_overrides(tmp_path):
+    path = write(tmp_path, "train:\n\tseed: 1\n")
+    assert problems(path, "train.seed=-1").keys() == {"", "train.seed"}
 
 
 def test_a_file_that_is_not_text_is_refused(tmp_path):
