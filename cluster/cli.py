@@ -44,9 +44,12 @@ def main() -> None:
     except click.ClickException as error:
         error.show()
         sys.exit(2)
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("Interrupted.", err=True)
-        sys.exit(130)
+    except (click.Abort, KeyboardInterrupt) as error:
+        # An Abort without a cause comes from a question that was not answered with yes; an
+        # interruption is Abort's cause. The one question is whether to delete a run.
+        declined = isinstance(error, click.Abort) and error.__cause__ is None
+        click.echo("Nothing was deleted." if declined else "Interrupted.", err=True)
+        sys.exit(1 if declined else 130)
     except (InputError, NVAEConfigError, FailedError) as error:
         logger.info("raised here:", exc_info=True)
         click.echo(f"Error: {error}", err=True)
@@ -58,6 +61,7 @@ def main() -> None:
 
 
 @click.group(context_settings=_CONTEXT)
+@click.version_option(package_name="nvae-cluster", prog_name="nvae")
 @click.option("-v", "--verbose", is_flag=True, help="Log more, and show where an error comes from.")
 def cli(verbose: bool) -> None:
     """Train NVAE on image shards, look trained models up, draw samples from them.

@@ -12,7 +12,7 @@ from pipeline.data.loader import check_fits, evaluation_batches
 from pipeline.errors import InputError
 from pipeline.models import evaluation, sampling
 from pipeline.models.export import RegistryError
-from pipeline.models.registry import Registry, load
+from pipeline.models.registry import MissingDatabaseError, Registry, load
 from pipeline.progress import track
 from pipeline.training.tracking import default_tracking_uri
 from pipeline.training.worker import LocalWorker
@@ -24,7 +24,11 @@ class OutputError(InputError):
 
 def tracking_uri(store: str | None, tracking: str | None) -> str:
     """The MLflow to ask: the flag, else MLFLOW_TRACKING_URI, else the store's own."""
-    return tracking or os.environ.get("MLFLOW_TRACKING_URI") or default_tracking_uri(stores.locate(store))
+    return _named_tracking(tracking) or default_tracking_uri(stores.locate(store))
+
+
+def _named_tracking(tracking: str | None) -> str | None:
+    return tracking or os.environ.get("MLFLOW_TRACKING_URI")
 
 
 def evaluate(
@@ -65,8 +69,10 @@ def sample(
 ) -> str:
     """Write a grid of prior samples to `output`; returns what to tell the user.
 
-    Raises OutputError before anything is loaded if `output` cannot be written.
+    Raises OutputError before anything is loaded if `output` is no PNG or cannot be written.
     """
+    if output.suffix.lower() != ".png":
+        raise OutputError(f"{output} cannot be written: pictures are PNG files; let its name end in .png.")
     _check_writable(output)
     loaded = load(model, tracking_uri(store, tracking))
     network = loaded.model.to(LocalWorker().device)
@@ -91,13 +97,22 @@ def _check_writable(output: Path) -> None:
 
 
 def versions(name: str | None, store: str | None, tracking: str | None) -> Iterator[dict[str, Any]]:
-    """A row for each registered version."""
-    registry = Registry(tracking_uri(store, tracking))
+    """A row for each registered version; none before the first training.
+
+    Raises RegistryError if there is no model `name`, or no MLflow where the user says.
+    """
+    try:
+        registry = Registry(tracking_uri(store, tracking))
+    except MissingDatabaseError:
+        # An address that somebody wrote may be misspelt; the store's own database comes in time.
+        if name or _named_tracking(tracking):
+            raise
+        return
     for model in [name] if name else registry.names():
         for version in registry.versions(model):
             yield {
                 "model": version.ref,
-                "aliases": ", ".join(version.aliases) or None,
+                "aliases": list(version.aliases),
                 "bits_per_dim": version.score,
                 "images_seen": version.images_seen,
                 "data": version.data_root,
@@ -109,4 +124,4 @@ def describe(model: str, store: str | None, tracking: str | None) -> dict[str, A
     """Everything that is recorded of one version, by name."""
     version = Registry(tracking_uri(store, tracking)).find(model)
     fields = {key: value for key, value in vars(version).items() if key != "metrics"}
-    return {**fields, "aliases": ", ".join(version.aliases), **version.metrics}
+    return {**fields, "aliases": list(version.aliases), "parent": version.parent or None, **version.metrics}

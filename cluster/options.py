@@ -1,7 +1,7 @@
 """What the commands share: options that mean the same everywhere, and how an answer is shown."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import click
@@ -38,8 +38,20 @@ def show_facts(facts: Mapping[str, Any], as_json: bool) -> None:
     if as_json:
         show_json(facts)
     else:
-        rows = ({"what": what, "value": value} for what, value in facts.items())
+        rows = ({"what": what, "value": value} for what, value in _lines(facts))
         show(rows, {"what": "WHAT", "value": "VALUE"}, as_json=False)
+
+
+def _lines(facts: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """A dotted name and a value for each line: one per value, one per mapping of a list."""
+    for key, value in facts.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and value:
+            yield from _lines(value, f"{name}.")
+        elif isinstance(value, list | tuple) and any(isinstance(each, Mapping) for each in value):
+            yield from ((f"{name}.{number}", each) for number, each in enumerate(value, start=1))
+        else:
+            yield name, value
 
 
 def show_json(value: object) -> None:

@@ -1,6 +1,7 @@
 """`nvae runs`: what the store knows of training runs, as the command line shows it."""
 
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 from pipeline import lease, run_folder, settings
@@ -39,11 +40,8 @@ def describe(name: str, store: str | None) -> dict[str, Any]:
         "mlflow": f"{record.tracking_uri} run {record.mlflow_run_id}",
         "data_hash": record.data_hash,
         "parent": record.parent,
-        **{
-            f"launch {number}": f"{launch.started} on {launch.host}, {launch.workers} worker(s)"
-            for number, launch in enumerate(record.launches, start=1)
-        },
-        **{f"checkpoint {saved.images_seen:,} images": saved.url for saved in checkpoints(url)},
+        "launches": [asdict(launch) for launch in record.launches],
+        "checkpoints": [{"images_seen": saved.images_seen, "url": saved.url} for saved in checkpoints(url)],
         **result,
         **record.result.get("metrics", {}),
         **dict(settings.flatten(record.config)),

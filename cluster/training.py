@@ -55,9 +55,12 @@ def plan(
             f"--local trains in this one process, not on {workers} workers; leave one of them out."
         )
     located = stores.locate(store)
+    loaded = config_file.load(config, overrides)
+    chosen_name = name or PurePosixPath(config).stem
+    run_folder.folder(located, chosen_name)  # refuses what is no name
     return Plan(
-        config=config_file.load(config, overrides),
-        name=name or PurePosixPath(config).stem,
+        config=loaded,
+        name=chosen_name,
         store=located,
         tracking=tracking_uri(store, tracking),
         workers=1 if local else workers or default_workers(),
@@ -161,6 +164,8 @@ def farewell(plan: Plan, spec: run.RunSpec, end: Mapping[str, Any]) -> str:
     result = end["result"]
     bits = result["metrics"].get("validation/bits_per_dim")
     score = "" if bits is None else f", {bits:.3f} bits/dim on the validation split"
+    reached, best = images_saved(spec.url), result["images_seen"]
+    chosen = "" if best == reached else f"; the best checkpoint is of {best:,}"
     model = result["alias"] or result["model"]
     where = {
         "model": result["verdict"],
@@ -181,7 +186,7 @@ def farewell(plan: Plan, spec: run.RunSpec, end: Mapping[str, Any]) -> str:
     return "\n".join(
         [
             "",
-            f"Finished {spec.name} at {result['images_seen']:,} images{score}.",
+            f"Finished {spec.name} at {reached:,} images{chosen}{score}.",
             *(f"  {what:<16} {place}" for what, place in where.items()),
             "",
             "Try next:",

@@ -1,8 +1,11 @@
 """The `nvae` command: what a user sees, of answers and of mistakes."""
 
+import io
 import json
+import re
 import subprocess
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cluster import training
 from cluster.cli import cli
 from pipeline import config_file, lease, run_folder
 from pipeline.models.registry import Registry
@@ -59,6 +63,11 @@ def test_every_command_and_every_option_is_explained(path: str) -> None:
     assert [option.name for option in options if not option.help] == []
 
 
+def test_the_version_is_that_of_the_package(capsys: Capture) -> None:
+    shown = nvae(capsys, "--version")
+    assert (shown.code, shown.out) == (0, f"nvae, version {metadata.version('nvae-cluster')}\n")
+
+
 def test_help_ends_well(capsys: Capture) -> None:
     shown = nvae(capsys, "train", "--help")
     assert shown.code == 0
@@ -91,6 +100,7 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
         ["train", "tiny.yaml", "--workers", "3", "--dry-run"],
         ["cannot be shared equally by 3 workers"],
     ),
+    "no name": (["train", "tiny.yaml", "--name", "../evil", "--dry-run"], ["'../evil' is no name for a run"]),
     "no such option": (["train", "tiny.yaml", "--epochs", "3"], ["--epochs"]),
     "no such run to show": (["runs", "show", "by-hnad"], ["no run 'by-hnad'", RUN]),
     "no such run to stop": (["runs", "stop", "nobody"], ["no run 'nobody'"]),
@@ -100,9 +110,13 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "no such checkpoint": (["sample", "runs/none", "x.png"], ["runs/none cannot be loaded"]),
     "nowhere to write": (["sample", MODEL, "none/x.png"], ["none/x.png cannot be written", "no folder"]),
     "a folder to write": (["sample", MODEL, "."], ["directory"]),
+    "no picture to write": (["sample", MODEL, "x.jpg"], ["x.jpg cannot be written", "end in .png"]),
     "no images": (["sample", MODEL, "x.png", "--count", "0"], ["--count"]),
     "no such shards": (["shards", "verify", "store:none"], ["data/none"]),
     "an empty folder": (["shards", "build", ".", "store:empty"], ["nothing in it"]),
+    "neither grey nor colour": (["shards", "build", ".", "x", "--channels", "2"], ["--channels", "1", "3"]),
+    "too small images": (["shards", "build", ".", "x", "--image-size", "3"], ["--image-size", "4096"]),
+    "all for validation": (["shards", "build", ".", "x", "--validation-fraction", "1"], ["x<1"]),
     "no such setting": (["config", "explain", "train.batchsize"], ["train.batch_size"]),
     "no such MLflow database": (
         ["registry", "list", "--tracking", "sqlite:///none.db"],
@@ -184,6 +198,17 @@ def test_training_ends_with_where_everything_is_and_what_to_try(home: Home, caps
     assert Path("samples.png").exists()
 
 
+def test_a_run_whose_best_checkpoint_came_before_its_end_tells_both(home: Home) -> None:
+    plan = training.plan(home.yaml, [], "early", None, True, None, home.store, None)
+    end = home.train("early")
+    spec = home.begin("early")
+    told = training.farewell(plan, spec, end)
+    assert "Finished early at 48 images, " in told
+    end["result"] = {**end["result"], "images_seen": 16}
+    told = training.farewell(plan, spec, end)
+    assert "Finished early at 48 images; the best checkpoint is of 16, " in told
+
+
 def test_divergence_for_good_is_exit_code_3(home: Home, capsys: Capture) -> None:
     wild = ["optimizer.learning_rate=1e30", "optimizer.warmup_images=0"]
     shown = nvae(capsys, "train", "tiny.yaml", *wild, "--local", "--name", "wild")
@@ -208,10 +233,16 @@ def test_every_listing_has_a_form_for_programs(home: Home, trained: str, capsys:
         return json.loads(shown.out)
 
     assert RUN in [run["name"] for run in listed("runs", "list")]
-    assert listed("runs", "show", RUN)["train.total_images"] == 48
+    shown = listed("runs", "show", RUN)
+    assert shown["train.total_images"] == 48
+    assert [launch["workers"] for launch in shown["launches"]] == [1]
+    assert shown["checkpoint"] in [saved["url"] for saved in shown["checkpoints"]]
+    assert shown["checkpoints"][0]["images_seen"] == 48
+    assert not [key for key in shown if " " in key]
     assert f"models:/nvae-{RUN}/1" in [version["model"] for version in listed("registry", "list")]
-    assert listed("registry", "list", f"nvae-{RUN}")[0]["aliases"] == "best"
-    assert listed("registry", "show", trained)["run_name"] == RUN
+    assert listed("registry", "list", f"nvae-{RUN}")[0]["aliases"] == ["best"]
+    version = listed("registry", "show", trained)
+    assert (version["run_name"], version["aliases"], version["parent"]) == (RUN, ["best"], None)
     assert listed("shards", "show", "store:tiny")["splits"]["train"]["samples"] == 18
     assert listed("shards", "verify", "store:tiny") == []
     assert "ffhq256" in listed("config", "show")
@@ -226,7 +257,23 @@ def test_a_listing_for_people_names_the_same(home: Home, trained: str, capsys: C
     line = next(line for line in nvae(capsys, "runs", "list").out.splitlines() if line.startswith(RUN))
     assert line.split("\t")[1:4] == ["finished", "48", "48"]
     assert f"nvae-{RUN}" in nvae(capsys, "registry", "list").out
-    assert "18 training" not in nvae(capsys, "shards", "show", "store:tiny").err
+    assert "splits.train.samples\t18\n" in nvae(capsys, "shards", "show", "store:tiny").out
+    shown = nvae(capsys, "runs", "show", RUN).out
+    assert "\nmodel.groups_per_scale\t1, 1\n" in shown
+    assert "\ncheckpoints.1\timages_seen 48, url " in shown
+    assert re.search(r"\nlaunches\.1\tstarted .*, host .*, workers 1\n", shown)
+    assert "aliases\tbest\n" in nvae(capsys, "registry", "show", trained).out
+
+
+def test_a_store_without_any_training_has_an_empty_registry(
+    home: Home, capsys: Capture, tmp_path: Path
+) -> None:
+    listed = nvae(capsys, "registry", "list", "--json", "--store", str(tmp_path))
+    assert (listed.code, json.loads(listed.out)) == (0, [])
+    headings = nvae(capsys, "registry", "list", "--store", str(tmp_path))
+    assert (headings.code, headings.out.split("\t")[0]) == (0, "MODEL")
+    assert_refused(nvae(capsys, "registry", "list", "nvae-x", "--store", str(tmp_path)), "no MLflow database")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_setting_is_explained_with_its_values(capsys: Capture) -> None:
@@ -319,7 +366,7 @@ def test_a_stopped_run_goes_on_with_the_same_command(home: Home, capsys: Capture
     stopped = json.loads(nvae(capsys, "runs", "show", "long", "--json").out)
     assert stopped["state"] == "stopped"
     reached = max(at for _, at in points(home.run_url("long")))
-    assert f"checkpoint {reached:,} images" in stopped
+    assert reached in [saved["images_seen"] for saved in stopped["checkpoints"]]
     end = home.train("long", f"train.total_images={reached + 8}")
     assert end["state"] == "finished"
     assert max(at for _, at in points(home.run_url("long"))) == reached + 8
@@ -329,6 +376,15 @@ def test_a_run_that_nobody_runs_cannot_be_stopped(home: Home, trained: str, caps
     shown = nvae(capsys, "runs", "stop", RUN)
     assert (shown.code, shown.out) == (0, f"Nobody is running {RUN}.\n")
     assert not run_folder.stop_requested(home.run_url(RUN))
+
+
+def test_a_run_is_kept_unless_its_deletion_is_confirmed(
+    home: Home, trained: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("n\n"))
+    shown = nvae(capsys, "runs", "delete", RUN)
+    assert (shown.code, shown.err) == (1, "Nothing was deleted.\n")
+    assert Path(home.run_url(RUN)).exists()
 
 
 def test_a_deleted_run_leaves_its_model(home: Home, capsys: Capture) -> None:
