@@ -50,6 +50,10 @@ class Statistics:
     variance: Tensor
     count: Tensor
 
+    @property
+    def unbiased_variance(self) -> Tensor:
+        return self.variance * (self.count / (self.count - 1))
+
 
 class BatchNorm(nn.Module):
     """Batch norm over (B, C, H, W), then an activation.
@@ -102,9 +106,8 @@ class BatchNorm(nn.Module):
 
     @torch.no_grad()
     def _track(self, statistics: Statistics) -> None:
-        unbiased = statistics.variance * (statistics.count / (statistics.count - 1))
         self.running_mean.lerp_(statistics.mean.to(self.running_mean), MOMENTUM)
-        self.running_var.lerp_(unbiased.to(self.running_var), MOMENTUM)
+        self.running_var.lerp_(statistics.unbiased_variance.to(self.running_var), MOMENTUM)
         self.num_batches_tracked += 1
 
 
@@ -127,8 +130,8 @@ def batch_statistics(x: Tensor) -> Statistics:
     if _world_size() == 1:
         if local_count == 1:
             raise ValueError(
-                f"batch norm in training mode has one value per channel in an input of shape "
-                f"{tuple(x.shape)}; use a larger batch"
+                f"a layer in need of the batch's variance has one value per channel in an input of "
+                f"shape {tuple(x.shape)}; use a larger batch"
             )
         return Statistics(mean, variance, mean.new_tensor(local_count))
     mine = torch.cat([mean, variance, mean.new_tensor([local_count])])

@@ -21,6 +21,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nvae.batch_norm import batch_statistics
+
 _NORM_EPSILON = 1e-5
 
 
@@ -98,12 +100,14 @@ class Conv2d(nn.Conv2d):
 class DataInitializedConv2d(Conv2d):
     """Convolution whose first forward pass sets its lengths and biases from the data it sees.
 
-    Every output channel then starts with mean 0 and standard deviation 1/5 on that batch, over
-    all ranks. Used where there is no batch norm.
+    Every output channel then starts with mean 0 and standard deviation 1/5 (unbiased) on that
+    batch, over all ranks, however many images each has. Used where there is no batch norm.
+    Raises ValueError if the batch has only one value per channel.
 
     The published code forgets upon loading that this has happened, and does it again, in
-    evaluation mode too; `forgetful` reproduces that. Here `initialized` is part of the
-    checkpoint and only a training-mode pass initializes.
+    evaluation mode too; and it averages the ranks' means and standard deviations, which leaves
+    out the variance between ranks. `forgetful` reproduces both. Here `initialized` is part of
+    the checkpoint and only a training-mode pass initializes.
     """
 
     initialized: Tensor
@@ -132,9 +136,13 @@ class DataInitializedConv2d(Conv2d):
     def _initialize(self, x: Tensor) -> None:
         assert self.bias is not None and self.log_weight_norm is not None
         y = at_least_float32(self._conv_forward(x, self.unit_weight(), None))
-        mean, spread = y.mean(dim=(0, 2, 3)), 5 * y.std(dim=(0, 2, 3))
-        for statistic in (mean, spread):
-            _average_over_ranks(statistic)
+        if self.forgetful:
+            mean, spread = y.mean(dim=(0, 2, 3)), 5 * y.std(dim=(0, 2, 3))
+            for statistic in (mean, spread):
+                _average_over_ranks(statistic)
+        else:
+            statistics = batch_statistics(y)
+            mean, spread = statistics.mean, 5 * statistics.unbiased_variance.sqrt()
         self.bias.copy_(-mean / (spread + _NORM_EPSILON))
         self.log_weight_norm.copy_(-(spread + _NORM_EPSILON).log().view(-1, 1, 1, 1))
         self.initialized.fill_(True)

@@ -86,11 +86,20 @@ def test_shared_weights_are_computed_once_and_give_the_same_gradient() -> None:
 # --- initialization from data ------------------------------------------------------------------
 
 
-def test_the_first_training_batch_sets_mean_and_spread_of_every_output() -> None:
-    layer = DataInitializedConv2d(3, 4, 3)
-    y = layer(3 + 2 * features(3, size=16, count=8))
+@pytest.mark.parametrize("forgetful", [False, True])
+@pytest.mark.parametrize(("size", "count"), [(16, 8), (2, 1)])
+def test_the_first_training_batch_sets_mean_and_spread_of_every_output(
+    size: int, count: int, forgetful: bool
+) -> None:
+    layer = DataInitializedConv2d(3, 4, 3, forgetful=forgetful)
+    y = layer(3 + 2 * features(3, size=size, count=count))
     assert_close(y.mean((0, 2, 3)), torch.zeros(4), atol=1e-4, rtol=0)
     assert_close(y.std((0, 2, 3)), torch.full((4,), 0.2), atol=1e-4, rtol=0)
+
+
+def test_one_value_per_channel_cannot_initialize() -> None:
+    with pytest.raises(ValueError, match=r"one value per channel.*larger batch"):
+        DataInitializedConv2d(3, 4, 3)(features(3, size=1, count=1))
 
 
 def test_only_the_first_training_batch_initializes() -> None:

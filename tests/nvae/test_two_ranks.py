@@ -12,9 +12,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
 from nvae.distributions import Noise
+from nvae.layers import DataInitializedConv2d
 from nvae.objective import balance
 from nvae.step import Coefficients, StepSettings, make_ema, make_optimizer, update
-from tests.nvae.tiny import normal_noise, stored_images, tiny_config, tiny_model
+from tests.nvae.tiny import normal_noise, seeded, stored_images, tiny_config, tiny_model
 
 UPDATES = 2
 KL = torch.tensor([[1.0, 2.0, 3.0], [30.0, 5.0, 1.0]])
@@ -44,6 +45,8 @@ SCENARIOS = {
     "a rank whose images do not count": Scenario((((0, 1),), ((2, 3),)), weights=(0, 0, 1, 1, 1), kl=1.0),
     "cells recomputed": Scenario((((0, 1),), ((2,),)), activation_checkpointing="cells"),
     "two parts": Scenario((((0,), (1,)), ((2, 3), (4,)))),
+    "no batch norm": Scenario((((0, 1),), ((2, 3),)), {"cell_family": "res_elu"}),
+    "no batch norm, unequal shares": Scenario((((0,),), ((1, 2, 3),)), {"cell_family": "res_elu"}),
     "not finite on one rank": Scenario((((0, 1),), ((2, 3),)), poisoned_image=3),
 }
 
@@ -98,6 +101,18 @@ def train(scenario: Scenario, rank: int) -> dict[str, Any]:
     }
 
 
+def features_of_ranks() -> list[Tensor]:
+    """The input of a layer on each of two ranks: far apart, so that most variance is between them."""
+    return [normal_noise(rank)((2, 3, 4, 4)).double() + 5 * rank for rank in range(2)]
+
+
+def initialized_layer(x: Tensor, forgetful: bool) -> DataInitializedConv2d:
+    layer = DataInitializedConv2d(3, 4, 1, forgetful=forgetful).double()
+    layer.weight.data = torch.randn(4, 3, 1, 1, generator=seeded(7)).double()
+    layer(x)
+    return layer
+
+
 def run_rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
@@ -105,6 +120,8 @@ def run_rank(rank: int, folder: str) -> None:
     for compatible in (False, True):
         config = tiny_config(published_compatibility=compatible)
         found[f"balance, {compatible}"] = balance(KL[rank : rank + 1], torch.ones(1), config)
+        layer = initialized_layer(features_of_ranks()[rank], forgetful=compatible)
+        found[f"layer, {compatible}"] = layer.state_dict()
     torch.save(found, Path(folder) / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
@@ -147,3 +164,16 @@ def test_the_balance_is_that_of_all_ranks_except_with_published_compatibility(tw
     for rank, found in enumerate(two_ranks):
         assert_close(found["balance, False"], balance(KL, torch.ones(2), config))
         assert_close(found["balance, True"], balance(KL[rank : rank + 1], torch.ones(1), config))
+
+
+def test_a_layer_is_initialized_from_all_ranks_and_a_forgetful_one_from_their_averages(two_ranks):
+    features = features_of_ranks()
+    unit = initialized_layer(features[0], forgetful=True).unit_weight().detach()
+    outputs = [torch.einsum("oi,bihw->ohwb", unit[:, :, 0, 0], x).flatten(1) for x in features]
+    deviations = {False: torch.cat(outputs, 1).std(1), True: (outputs[0].std(1) + outputs[1].std(1)) / 2}
+    mean = torch.cat(outputs, 1).mean(1)
+    for found in two_ranks:
+        for forgetful, deviation in deviations.items():
+            parameters, spread = found[f"layer, {forgetful}"], 5 * deviation + 1e-5
+            assert_close(parameters["log_weight_norm"].flatten(), -spread.log())
+            assert_close(parameters["bias"], -mean / spread)
