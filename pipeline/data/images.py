@@ -4,9 +4,10 @@ Rules, in this order:
 - PNG, JPEG, WebP, BMP, TIFF, GIF and PNM are read; the size is known from the header before
   anything is decoded, and more than 67 million pixels are refused. Animations are refused.
 - The orientation that a camera recorded is applied. Colour profiles are ignored.
-- Sixteen bits become eight by rounding; 32-bit values are refused. Palette, CMYK and other
-  colour spaces become RGB; transparency is laid over white. One channel means luma (ITU-R 601),
-  three channels of a grey image are equal.
+- Sixteen bits of grey become eight by rounding, sixteen bits per colour as Pillow decodes them:
+  a PNG keeps the high byte, so 0x00ff becomes 0. 32-bit values are refused. Palette, CMYK and
+  other colour spaces become RGB; transparency is laid over white. One channel means luma (ITU-R
+  601), three channels of a grey image are equal.
 - An image must be square. A crop to the central square, or to a box, is made only when asked for:
   it cuts into faces that nobody looked at.
 - A larger image is scaled down by Pillow's bilinear filter, whose support grows with the factor:

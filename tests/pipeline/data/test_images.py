@@ -82,8 +82,9 @@ def test_sixteen_bits_are_rounded_to_eight():
     assert_array_equal(found, np.round(values / 257).astype(np.uint8))
 
 
-def test_a_sixteen_bit_colour_png_is_stored_with_eight():
-    raw = b"".join(b"\0" + np.full((16, 3), 0x1234, ">u2").tobytes() for _ in range(16))
+def test_a_sixteen_bit_colour_png_is_stored_with_its_high_bytes():
+    # Rounding would give 0x13.
+    raw = b"".join(b"\0" + np.full((16, 3), 0x12FF, ">u2").tobytes() for _ in range(16))
 
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
