@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from pipeline.storage_errors import explain
+from pipeline.storage_errors import explain, explain_write
 from pipeline.urls import StoreError
 
 _PARTIAL = ".partial"
@@ -39,7 +39,23 @@ def written_atomically(path: Path) -> Iterator[Path]:
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
-        raise explain(error, str(path)) from error
+        raise explain_write(error, str(path)) from error
+
+
+def check_writable(folder: Path) -> None:
+    """Write and delete a file in `folder`, or where it would be made; nothing else is left or made.
+
+    Raises StoreError if that cannot be done.
+    """
+    try:
+        there = next(path for path in (folder, *folder.parents) if path.exists())
+        probe = there / f".{uuid.uuid4().hex[:12]}{_PARTIAL}"
+        try:
+            probe.write_bytes(b"x")
+        finally:
+            probe.unlink(missing_ok=True)
+    except OSError as error:
+        raise explain_write(error, str(folder)) from error
 
 
 def _sync(path: Path) -> None:

@@ -90,6 +90,15 @@ def explain(error: BaseException, url: str) -> StoreError:
     return StoreError(f"{where}: {kind}: {shown(str(error)) or 'no further details'}")
 
 
+def explain_write(error: BaseException, path: str) -> StoreError:
+    """As `explain`, for a file that was to be written: that it is not there is no news then."""
+    if isinstance(error, FileNotFoundError):
+        return StoreError(
+            f"{path}: cannot be written ({error.strerror}: {error.filename}). Choose another place."
+        )
+    return explain(error, path)
+
+
 def _code(error: BaseException) -> str | None:
     """The error code of S3's answer, from the exception or from what caused it."""
     seen: BaseException | None = error

@@ -5,7 +5,8 @@ Then it decodes, crops and scales the images and writes one shard after the othe
 
 What is finished is recorded in `building.json` after each shard, and a build that was
 interrupted goes on there. `index.json` is written last: a data set without it is unfinished,
-and nothing reads it. The same source and arguments give the same bytes on every machine.
+and nothing reads it. The same images and arguments give the same shards on every machine; only
+the source's path, which `index.json` notes, may differ.
 """
 
 import json
@@ -13,9 +14,10 @@ from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
-from pipeline import storage
+from pipeline import local_files, storage
 from pipeline.data import images
 from pipeline.data.images import RejectedImageError, StoredImage
 from pipeline.data.index import (
@@ -28,7 +30,7 @@ from pipeline.data.index import (
     load_index,
     parse_shard,
 )
-from pipeline.data.sources import SourceImage, open_source
+from pipeline.data.sources import SourceImage, normalize_source, open_source
 from pipeline.data.survey import Entry, Progress, Rejection, Survey, survey_source
 from pipeline.data.tars import TarBuilder
 from pipeline.data.verification import Problem, missing_shards, show, verify
@@ -95,14 +97,15 @@ def build(
     """Write the images of `source` as a data set to the folder `target`.
 
     `image_size` and `channels` default to the source's own; `validation_fraction` to the
-    source's own split, or one tenth. `crop` is `none`, `center` or LEFT,TOP,RIGHT,BOTTOM.
+    source's own split (MNIST's files, `train/` and `validation/` in a folder), or one tenth.
+    `crop` is `none`, `center` or LEFT,TOP,RIGHT,BOTTOM.
     With `if_missing` a finished data set with these arguments is taken as it is, without a
     look at the source.
 
     Raises ShardError if an argument makes no sense, the source is empty or wholly rejected,
     or another data set is in the way; StoreError if `target` cannot be written.
     """
-    target = storage.normalize(target)
+    source, target = normalize_source(source), storage.normalize(target)
     arguments = {
         "source": storage.shown(source),
         "image_size": image_size,
@@ -120,6 +123,9 @@ def build(
         size = image_size or opened.image_size
         if size is None:
             raise ShardError(f"{storage.shown(source)}: say how large the images shall be: --image-size 256.")
+        if not finished and storage.is_local(target):
+            # Reading the source can take hours; a bucket has answered to the look at its index.
+            local_files.check_writable(Path(target))
         survey = survey_source(opened, validation_fraction, progress)
         if finished:
             return _confirmed(finished, survey)

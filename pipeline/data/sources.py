@@ -4,6 +4,9 @@ A source lists its images without reading them; each is then read on its own, in
 and any number of times, so that `shards build` can look at all of them before it decides on
 splits. A further kind of source is one function here that returns a Source.
 
+A published split comes with MNIST's files, or with a folder, zip or tar whose top level is the
+two folders `train/` and `validation/` and nothing else.
+
 Names become keys and never paths: nothing is extracted to disk. Files that turn out to be no
 images are reported by the build, not skipped here, so that nobody wonders where they are.
 """
@@ -17,7 +20,7 @@ import threading
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -31,6 +34,7 @@ from pipeline.data.portraits import portrait
 
 PORTRAIT_SIZE = 256
 _LONGEST_KEY = 90
+_PORTRAITS_PREFIX = "portraits:"
 _PORTRAITS = re.compile(r"portraits:(\d+)(?:@(\d+))?")
 _IDX_NAME = re.compile(r"(train|t10k)-images[-.]idx3-ubyte(\.gz)?")
 _IDX_SPLITS = {"train": TRAIN, "t10k": VALIDATION}
@@ -68,22 +72,31 @@ class Source:
     channels: int = 3
 
 
+def normalize_source(spec: str) -> str:
+    """The one spelling of a source: an absolute path, or `portraits:...` as it is.
+
+    Raises StoreError if `spec` can be neither.
+    """
+    return spec if spec.startswith(_PORTRAITS_PREFIX) else storage.normalize(spec)
+
+
 @contextmanager
 def open_source(spec: str, image_size: int | None) -> Iterator[Source]:
     """The source that `spec` names; it can be read inside the `with` block.
 
     `spec` is `portraits:COUNT` or `portraits:COUNT@SEED` (drawn at `image_size`), a folder of
-    images, a folder of MNIST's idx files, one such file, a .zip or a plain .tar.
+    images, a folder of MNIST's idx files, one such file, a .zip or a plain .tar. `train/` and
+    `validation/` alone at the top of a folder, zip or tar are the splits of what is below them.
     Raises ShardError if there is no such source or it holds nothing.
     """
     with _opened(spec, image_size) as source:
         if not source.images:
             raise ShardError(f"{storage.shown(spec)}: there is nothing in it.")
-        yield source
+        yield _with_split_folders(source)
 
 
 def _opened(spec: str, image_size: int | None) -> AbstractContextManager[Source]:
-    if spec.startswith("portraits:"):
+    if spec.startswith(_PORTRAITS_PREFIX):
         return nullcontext(_portraits(spec, image_size or PORTRAIT_SIZE))
     if not storage.is_local(storage.normalize(spec)):
         raise ShardError(f"{storage.shown(spec)}: images are read from this machine; copy them here first.")
@@ -102,6 +115,21 @@ def _opened(spec: str, image_size: int | None) -> AbstractContextManager[Source]
     raise ShardError(
         f"{path}: is no folder, .zip, .tar or MNIST idx file. Compressed tars have to be unpacked first."
     )
+
+
+def _with_split_folders(source: Source) -> Source:
+    """The same images, each in the split that its top folder names, if all are in one of the two."""
+    tops = [_top_folder(image.name) for image in source.images]
+    if set(tops) != {TRAIN, VALIDATION}:
+        return source
+    images = [replace(image, split=top) for image, top in zip(source.images, tops, strict=True)]
+    return replace(source, images=images)
+
+
+def _top_folder(name: str) -> str | None:
+    # `tar -C images -c .` writes ./ before each name.
+    top, slash, _ = name.removeprefix("./").partition("/")
+    return top if slash else None
 
 
 # --- one function for each kind ---------------------------------------------------------------

@@ -1,11 +1,13 @@
 """Which image becomes part of a data set, in which split, at which place.
 
 The SHA-256 of each image's content decides: the smallest hashes are the validation split, and
-within a split images are in ascending order. So the outcome depends on the images alone, not on
-their names or their order; equal images are never on both sides of a split; and neighbours in
-a shard are a random draw of the data, whatever folders they came from. The number of validation
-images is exact up to equal and rejected images. The price is to read the source twice; splitting
-by the hash of the name would need one pass, but lets copies of a training image into validation.
+within a split images are in ascending order. (If the source brings its own split, that one holds,
+and training images that its validation split repeats are left out.) So the outcome depends on the
+images alone, not on their names or their order; equal images are never on both sides of a split;
+and neighbours in a shard are a random draw of the data, whatever folders they came from. The
+number of validation images is exact up to equal and rejected images. The price is to read the
+source twice; splitting by the hash of the name would need one pass, but lets copies of a training
+image into validation.
 """
 
 import hashlib

@@ -13,7 +13,7 @@ import pytest
 import webdataset
 from PIL import Image
 
-from pipeline import storage
+from pipeline import local_files, storage
 from pipeline.data import shards
 from pipeline.data.images import decode
 from pipeline.data.index import TRAIN, VALIDATION, Index, ShardError, load_index, read_sidecar
@@ -81,6 +81,32 @@ def test_copies_of_an_image_stay_in_one_split_and_are_counted(tmp_path):
     train, validation = set(samples(index, TRAIN).values()), set(samples(index, VALIDATION).values())
     assert train.isdisjoint(validation)
     assert index.num_samples(TRAIN) + index.num_samples(VALIDATION) == 20
+
+
+def test_a_folder_with_train_and_validation_keeps_its_split(tmp_path):
+    write_images(tmp_path / "in/train", 8, seed=1)
+    write_images(tmp_path / "in/validation/deep", 4, seed=2)
+    leaked = (tmp_path / "in/validation/deep/000.png").read_bytes()
+    (tmp_path / "in/train/leaked.png").write_bytes(leaked)
+    source, target = str(tmp_path / "in"), str(tmp_path / "out")
+    with pytest.raises(ShardError, match="validation split of its own"):
+        shards.build(source, target, image_size=16, validation_fraction=0.1)
+    assert not (tmp_path / "out").exists()
+    report = shards.build(source, target, image_size=16)
+    assert sorted(samples(report.index, TRAIN)) == [f"train/{number:03d}" for number in range(8)]
+    assert sorted(samples(report.index, VALIDATION)) == [f"validation/deep/{n:03d}" for n in range(4)]
+    assert [rejection.name for rejection in report.rejected] == ["train/leaked.png"]
+
+
+def test_another_spelling_of_the_source_is_the_same_source(tmp_path, monkeypatch):
+    write_images(tmp_path / "in", 6)
+    monkeypatch.chdir(tmp_path)
+    index = shards.build("in", "out", image_size=16).index
+    assert index.source == str(tmp_path / "in")
+    for spelt in ("./in", "in/", "../" + tmp_path.name + "/in", (tmp_path / "in").as_uri()):
+        assert shards.build(spelt, "out", image_size=16).already_there
+    drawn = shards.build("portraits:4", "drawn", image_size=16).index
+    assert drawn.source == "portraits:4"
 
 
 def test_the_same_images_give_the_same_bytes(tmp_path):
@@ -231,6 +257,25 @@ def test_a_target_that_cannot_be_written_is_named(tmp_path, s3):
         shards.build(source, "/proc/nvae", image_size=16)
     with pytest.raises(StoreError, match="the bucket does not exist"):
         shards.build(source, "s3://no-such-bucket-here/out", image_size=16)
+
+
+def test_a_target_that_cannot_be_written_is_refused_before_the_source_is_read(tmp_path):
+    source = str(write_images(tmp_path / "in", 3))
+    (tmp_path / "file").write_bytes(b"")
+    read = []
+
+    def look(what: str, done: int, total: int) -> None:
+        read.append(what)
+
+    for target, says in [("/proc/nvae/deep", "cannot be written"), (str(tmp_path / "file"), "is a file")]:
+        with pytest.raises(StoreError, match=says):
+            shards.build(source, target, image_size=16, progress=look)
+    assert read == []
+
+
+def test_a_look_whether_a_target_can_be_written_leaves_nothing(tmp_path):
+    local_files.check_writable(tmp_path / "not/there")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_data_set_is_the_same_in_a_bucket(tmp_path, s3):
