@@ -26,19 +26,22 @@ def shards() -> None:
 @shards.command()
 @click.argument("source")
 @click.argument("target")
-@click.option("--image-size", type=click.IntRange(1), help="Height and width in pixels. [the source's own]")
+@click.option(
+    "--image-size", type=click.IntRange(4, 4096), help="Height and width in pixels. [the source's own]"
+)
 @click.option(
     "--validation-fraction",
-    type=click.FloatRange(0, 1),
+    type=click.FloatRange(0, 1, max_open=True),
     help="Share of the images that is kept for evaluation. [the source's own split, else 0.1]",
 )
 @click.option(
     "--crop",
     default="none",
     show_default=True,
-    help="What becomes of images that are not square: none, center, or LEFT,TOP,RIGHT,BOTTOM in pixels.",
+    help="Part of each image to take: center, LEFT,TOP,RIGHT,BOTTOM in pixels, or none, which rejects images "
+    "that are not square.",
 )
-@click.option("--channels", type=click.IntRange(1, 3), help="3 for colour, 1 for grey. [the source's own]")
+@click.option("--channels", type=click.Choice([1, 3]), help="3 for colour, 1 for grey. [the source's own]")
 @click.option("--shard-mib", default=32, show_default=True, type=click.IntRange(1), help="Size of a shard.")
 @click.option("--licence", help="A note on the images' licence, kept with the data set.")
 @click.option("--if-missing", is_flag=True, help="Do nothing if TARGET already holds a complete data set.")
@@ -49,6 +52,9 @@ def build(source: str, target: str, store: str | None, shard_mib: int, **options
     SOURCE is a folder, a .zip or .tar, MNIST's idx files, or portraits:COUNT for
     procedural portraits. Images that cannot be used are listed and left out. A build that
     was interrupted continues when the same command is run again.
+
+    A folder, .zip or .tar with nothing but train/ and validation/ at its top is split like
+    that; so are MNIST's files. The images of any other source are split at random.
     """
     from cluster import data
 

@@ -114,9 +114,6 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "no images": (["sample", MODEL, "x.png", "--count", "0"], ["--count"]),
     "no such shards": (["shards", "verify", "store:none"], ["data/none"]),
     "an empty folder": (["shards", "build", ".", "store:empty"], ["nothing in it"]),
-    "neither grey nor colour": (["shards", "build", ".", "x", "--channels", "2"], ["--channels", "1", "3"]),
-    "too small images": (["shards", "build", ".", "x", "--image-size", "3"], ["--image-size", "4096"]),
-    "all for validation": (["shards", "build", ".", "x", "--validation-fraction", "1"], ["x<1"]),
     "no such setting": (["config", "explain", "train.batchsize"], ["train.batch_size"]),
     "no such MLflow database": (
         ["registry", "list", "--tracking", "sqlite:///none.db"],
