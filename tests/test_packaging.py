@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 from hatchling.builders.wheel import WheelBuilder
 
+from nvae.model import NVAE
 from pipeline.config_file import from_mapping, load
+from pipeline.models.export import Lineage, export
 
 ROOT = Path(__file__).parents[1]
 
@@ -41,6 +43,14 @@ def test_models_are_found_and_sampled_without_ray_and_webdataset():
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
+def exported_model(store: Path) -> str:
+    """A model that nothing was trained for, as a training would export it."""
+    overrides = ["model.image_size=16", "model.encoder_channels=4", "model.decoder_channels=4"]
+    config = load("quickstart", overrides)
+    lineage = Lineage("packaging", "", images_seen=0, data_hash="0" * 64, code_version="0")
+    return export(str(store), "tiny", NVAE(config.model), config, lineage, {}).url
+
+
 @pytest.mark.campaign
 def test_the_command_works_from_a_wheel_in_an_empty_environment(wheel, tmp_path):
     """Installed without extras, run from an empty folder."""
@@ -66,6 +76,11 @@ def test_the_command_works_from_a_wheel_in_an_empty_environment(wheel, tmp_path)
     shown = nvae("config", "show", "quickstart", "--json").stdout
     assert from_mapping(json.loads(shown)) == load("quickstart")
     nothing_yet = nvae("registry", "list")
-    assert nothing_yet.returncode == 2 and "no MLflow database" in nothing_yet.stderr
+    assert nothing_yet.returncode == 0 and nothing_yet.stdout.startswith("MODEL\t")
+    model = exported_model(tmp_path / "store")
+    assert nvae("sample", model, "there.png", "--count", "2").returncode == 0
+    here = Path(sys.executable).with_name("nvae")
+    subprocess.run([here, "sample", model, tmp_path / "here.png", "--count", "2"], cwd=ROOT, check=True)
+    assert (empty / "there.png").read_bytes() == (tmp_path / "here.png").read_bytes()
     without_ray = subprocess.run([commands / "python", "-c", "import ray"], cwd=empty, capture_output=True)
     assert without_ray.returncode, "ray came along, although no extra was asked for"
