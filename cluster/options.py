@@ -10,7 +10,10 @@ store_option = click.option(
     "--store", metavar="URL", help="Where runs, models and data are kept. [NVAE_STORE, else ./nvae-store]"
 )
 tracking_option = click.option(
-    "--tracking", metavar="URI", help="MLflow server or database. [MLFLOW_TRACKING_URI, else in the store]"
+    "--tracking",
+    metavar="URI",
+    help="MLflow server or database. [MLFLOW_TRACKING_URI, else SQLite in the store, or in ./nvae-store "
+    "where the store is a bucket]",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 batch_size_option = click.option(

@@ -94,7 +94,7 @@ class NVAEConfig:
     the temperature of pixels (divides the logistic scales instead of multiplying them; ignored
     by the normal likelihood);
     cells of res_elu (initialize themselves from the first batch after every loading, in
-    evaluation too, instead of once);
+    evaluation too, instead of once; and from the workers' mean spread, not that of the whole batch);
     KL balancing (by each worker's own images instead of the whole batch);
     the learning rate (constant within an epoch, and its cosine starts one step below the peak)."""
 
