@@ -1,6 +1,7 @@
 import os
 import signal
 import threading
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -39,7 +40,15 @@ def test_the_first_signal_is_a_wish_to_stop(
     assert number.name in capfd.readouterr().err
 
 
-def test_the_second_interrupt_interrupts() -> None:
+@pytest.fixture
+def usual_interrupts() -> Iterator[None]:
+    """Python's own handler, which is not there if the tests were started in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_the_second_interrupt_interrupts(usual_interrupts: None) -> None:
     with pytest.raises(KeyboardInterrupt), LocalWorker() as worker:
         os.kill(os.getpid(), signal.SIGINT)
         assert worker.stop_requested()
