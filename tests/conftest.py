@@ -48,7 +48,7 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     All tests share the bucket; each works below a folder of its own.
     """
     if not SERVER_PYTHON.exists():
-        pytest.skip("no S3 server: `make .venv-s3/installed` installs one")
+        pytest.fail("no S3 server: `make .venv-s3/installed` installs one")
     folder = tmp_path_factory.mktemp("s3")
     command = [str(SERVER_PYTHON), str(Path(__file__).parent / "s3_server.py"), str(folder)]
     with (
