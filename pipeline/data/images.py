@@ -34,7 +34,7 @@ MAX_PIXELS = 2**26
 MAX_FILE_BYTES = 2**28
 _READ = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 _KEPT = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}
-_STORED = ("PNG", "JPEG", "WEBP")
+_STORED = ("PNG", "JPEG", "WEBP", "PPM")
 # PNG's own scale of effort. Portraits take 8% more bytes than at 6, in less than half the time.
 _PNG_EFFORT = 4
 

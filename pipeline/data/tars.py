@@ -19,7 +19,7 @@ import numpy as np
 from pipeline.data.index import Shard, Sidecar
 
 # One file of each sample is an image, with one of these extensions; other files are not opened.
-IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
+IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp", "ppm", "pgm")
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,17 @@ def read_samples(data: bytes, name: str) -> Iterator[Sample]:
     source = [{"url": name, "stream": io.BytesIO(data)}]
     for fields in group_by_keys(tar_file_expander(source)):
         yield Sample(fields["__key__"], _image_in(fields))
+
+
+def read_sample(span: bytes, key: str, name: str) -> Sample:
+    """The one sample in `span`, the bytes that a sidecar gives it in the shard `name`.
+
+    Raises ValueError if it is another one or not exactly one; else like `read_samples`.
+    """
+    samples = list(read_samples(span, name))
+    if [sample.key for sample in samples] != [key]:
+        raise ValueError("the tar holds other samples")
+    return samples[0]
 
 
 def _image_in(fields: dict[str, Any]) -> bytes:
