@@ -54,7 +54,7 @@ class DataConfig(Section):
     """Samples of one lane that are shuffled together; bounds the loader's memory."""
     lanes: int | None = Field(None, ge=1)
     """Contiguous pieces into which an epoch is cut and which are read side by side. By default
-    the batch size, or its largest divisor up to 64."""
+    the batch size up to 64; of more, a divisor from 33 to 64 or what comes closest to one."""
     horizontal_flip: bool = False
     """Mirror each training image with probability one half."""
     decode_threads: int = Field(2, ge=1, json_schema_extra=RESUMABLE)
@@ -152,6 +152,20 @@ class RegistryConfig(Section):
     `nvae-` and the run's name."""
 
 
+class StorageConfig(Section):
+    connect_timeout_seconds: float = Field(5.0, gt=0, le=600, json_schema_extra=RESUMABLE)
+    """Longest wait for a connection to a store, its TLS handshake included."""
+    read_timeout_seconds: float = Field(15.0, gt=0, le=600, json_schema_extra=RESUMABLE)
+    """Longest silence of a store in the midst of an answer; then the rest is asked for again."""
+    retry_seconds: float = Field(240.0, ge=0, le=7 * 86_400, json_schema_extra=RESUMABLE)
+    """How long a store that answered before may fail before the run does. The default outlasts
+    a restart or fail-over of a store and ends before the other workers, who wait 300 s for one
+    that has no data, hide the cause behind a time-out of their own."""
+    longest_pause_seconds: float = Field(8.0, gt=0, le=600, json_schema_extra=RESUMABLE)
+    """Longest pause between two tries. Pauses are drawn at random below a bound that doubles
+    from 0.2 s up to this; a store that names a pause itself (Retry-After) is heeded."""
+
+
 class RunConfig(Section):
     """One training run."""
 
@@ -175,6 +189,8 @@ class RunConfig(Section):
     """The pictures made during training."""
     registry: RegistryConfig = RegistryConfig()
     """Where the result is registered."""
+    storage: StorageConfig = StorageConfig()
+    """How patient reads and writes are with disks and networks at fault."""
 
     @classmethod
     def section(cls, name: str) -> type[Section]:
@@ -204,11 +220,6 @@ RULES = (
         ("train.micro_batch_size", "train.batch_size"),
         lambda micro, batch: micro is None or micro <= batch,
         "{0} is more than train.batch_size, {1}",
-    ),
-    Rule(
-        ("data.lanes", "train.batch_size"),
-        lambda lanes, batch: lanes is None or batch % lanes == 0,
-        "{0} lanes do not divide train.batch_size, {1}",
     ),
     Rule(
         ("optimizer.warmup_images", "train.total_images"),
