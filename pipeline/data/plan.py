@@ -14,24 +14,43 @@ left out. A batch may straddle two epochs: there is no tail.
    and shuffles the samples of each. A window is read as a few byte ranges, so requests are large
    and memory is bounded. Lanes end their first windows at different times; otherwise all would
    fetch their next one at the same moment.
-4. A global batch is the next B positions. If W divides C and C divides B, rank r takes the
-   lanes [rC/W, (r+1)C/W), and each window is read by one rank. Otherwise each rank takes a
-   contiguous share of the batch, and a window may be read by up to W ranks.
+4. A global batch is the next B positions. Sorted by (lane, position) it is cut into W contiguous
+   shares that differ by one position at most; rank r takes the r-th. So neighbouring lanes go to
+   the same rank, whatever B, W and the position at which a run was resumed.
 
-Everything is computed when it is asked for; an epoch costs one permutation of its shards.
+How often a sample is fetched: what a rank fetches at once never reaches beyond a window, and a
+rank fetches nothing twice. So a window is fetched as often as there are ranks that read its lane.
+With m = B mod C, over all batches of B together, from whatever position,
+
+    lanes read, summed over ranks  <=  C + (W - 1) (1 + ceil(2 m (C - m) / B)),
+
+or C + W - gcd(C, W) if C divides B: then every batch holds each lane B / C times, the cuts fall on
+the same slots of the same lanes always, and only the lanes with a cut inside have a second
+reader; with W dividing C nothing is fetched twice. Otherwise the number of a batch's positions
+in the lanes before a lane differs from its mean by m (C - m) / C at most, which is how far a cut
+may wander. A lane has ceil(N / C) samples of an epoch at most, so that the epoch's samples are
+fetched (the bound) / C times on average: less than twice while W <= C and C divides B. If there
+is one lane every rank fetches everything: hence `default_lanes`. A resumed run fetches the
+current window of each lane once more.
+
+Memory: a rank reads at most 1 + ceil(ceil(B / W) C / B + 2 m (C - m) / B) lanes, and holds of each
+what is left of a window of w samples.
+
+Everything is computed when it is asked for. An epoch costs one permutation of its shards and, for
+each lane that is asked for, one of its windows: 16 S + 8 N / w bytes, of two epochs at a time.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from pipeline.data.randomness import Integers, permutation, words
 
 # S shards; N samples; C lanes; w samples of a window; B images of a global batch; W ranks;
-# b positions asked for at once.
+# b positions asked for at once; V windows of one lane in one epoch.
 MOST_LANES = 64
+_NO_ORDER = ((-1, -1), np.zeros(0, np.int64))
 
 
 @dataclass(frozen=True)
@@ -62,6 +81,22 @@ class _Epoch:
     """(S + 1,) ring place at which each of them begins; the last is N."""
     cut: int
     """Ring place of the line's beginning."""
+    window_places: dict[int, Integers] = field(default_factory=dict)
+    """Of each lane asked for, (V,) where in its segment each window begins, by the order of visits."""
+
+
+@dataclass(frozen=True)
+class _Visits:
+    """When in its lane's epoch each position's turn comes; all arrays (b,)."""
+
+    numbers: Integers
+    """Number of the window in the order of visits."""
+    sizes: Integers
+    """Samples of that window."""
+    steps: Integers
+    """How many samples of the window come before."""
+    first_sizes: Integers
+    """Samples of the lane's first window."""
 
 
 class Stream:
@@ -75,6 +110,7 @@ class Stream:
         if self.samples < 1 or lanes < 1 or window < 1:
             raise ValueError(f"no stream over {self.samples} samples, {lanes} lanes, windows of {window}")
         self._epochs: dict[int, _Epoch] = {}
+        self._orders: dict[int, tuple[tuple[int, int], Integers]] = {}
 
     def locate(self, positions: Integers) -> Places:
         """Where the samples at `positions` (b,) are."""
@@ -89,20 +125,14 @@ class Stream:
         """(6, b) rows of Places for positions of one epoch."""
         lanes = positions % self.lanes
         segments, lengths = self._segments(epoch, lanes)
-        first_position = epoch * self.samples
-        steps = (positions - first_position) // self.lanes
-        windows = self._windows(lanes, lengths, steps)
-        line = np.empty_like(positions)
-        begins = np.empty_like(positions)
-        for i in range(len(positions)):
-            number, size, step, first_size = (int(row[i]) for row in windows)
-            key = (self.seed, epoch, int(lanes[i]))
-            places = _window_places(key, int(lengths[i]), first_size, self.window)
-            begins[i] = segments[i] + places[number]
-            line[i] = begins[i] + _window_order(key, number, size)[step]
-        shards, samples, firsts, ends = self._on_the_ring(epoch, line, begins, begins + windows[1])
+        visits = self._visits(lanes, lengths, (positions - epoch * self.samples) // self.lanes)
+        begins, places = self._in_the_segment(epoch, lanes, lengths, visits)
+        begins += segments
+        shards, samples, firsts, ends = self._on_the_ring(
+            epoch, segments + places, begins, begins + visits.sizes
+        )
         # More windows than one lane can have in an epoch lie between two epochs' numbers.
-        numbers = epoch * (self.samples + 2) + windows[0]
+        numbers = epoch * (self.samples + 2) + visits.numbers
         return np.stack([shards, samples, lanes, numbers, firsts, ends])
 
     def _segments(self, epoch: int, lanes: Integers) -> tuple[Integers, Integers]:
@@ -115,16 +145,55 @@ class Stream:
         before = np.minimum(lanes, wrapped) + np.clip(lanes - first_lane, 0, longer - wrapped)
         return lanes * shortest + before, shortest + has_more.astype(np.int64)
 
-    def _windows(self, lanes: Integers, lengths: Integers, steps: Integers) -> Integers:
-        """(4, b): number of the window in the order of visits, its size, the step within it, and
-        the size of the lane's first window."""
+    def _visits(self, lanes: Integers, lengths: Integers, steps: Integers) -> _Visits:
+        """The turns of lanes' positions; `steps` counts them from the lane's first in the epoch."""
         w = self.window
         staggered = np.minimum(1 + (lanes * w) // self.lanes, w)
         first_sizes = np.where(lengths <= w, lengths, staggered)
         numbers = np.where(steps < first_sizes, 0, 1 + (steps - first_sizes) // w)
         done = np.where(numbers == 0, 0, first_sizes + (numbers - 1) * w)
         sizes = np.where(numbers == 0, first_sizes, np.minimum(w, lengths - done))
-        return np.stack([numbers, sizes, steps - done, first_sizes])
+        return _Visits(numbers, sizes, steps - done, first_sizes)
+
+    def _in_the_segment(
+        self, epoch: int, lanes: Integers, lengths: Integers, visits: _Visits
+    ) -> tuple[Integers, Integers]:
+        """Where in the lanes' segments the windows begin, and where the samples are; both (b,)."""
+        windows = lanes * (self.samples + 2) + visits.numbers
+        _, members, groups = np.unique(windows, return_index=True, return_inverse=True)
+        begins, orders = np.empty(len(members), np.int64), []
+        rows = (lanes, lengths, visits.numbers, visits.sizes, visits.first_sizes)
+        for group, row in enumerate(zip(*(values[members].tolist() for values in rows), strict=True)):
+            lane, length, number, size, first_size = row
+            begins[group] = self._window_places(epoch, lane, length, first_size)[number]
+            orders.append(self._window_order(epoch, lane, number, size))
+        sizes = visits.sizes[members]
+        before = np.cumsum(sizes) - sizes
+        shuffled = np.concatenate(orders)[before[groups] + visits.steps]
+        return begins[groups], begins[groups] + shuffled
+
+    def _window_places(self, epoch: int, lane: int, length: int, first_size: int) -> Integers:
+        """(V,) where in the lane's segment of `length` samples each window begins."""
+        known = self._epoch(epoch).window_places
+        if lane not in known:
+            later = -(-(length - first_size) // self.window)
+            sizes = np.full(1 + later, self.window, np.int64)
+            sizes[0] = first_size
+            if later:
+                sizes[-1] = length - first_size - (later - 1) * self.window
+            order = permutation(len(sizes), "windows", self.seed, epoch, lane)
+            begins = np.empty_like(sizes)
+            begins[order] = np.cumsum(sizes[order]) - sizes[order]
+            known[lane] = begins
+        return known[lane]
+
+    def _window_order(self, epoch: int, lane: int, number: int, size: int) -> Integers:
+        """(size,) the order of a window's samples; that of the window last asked for is kept."""
+        known, order = self._orders.get(lane, _NO_ORDER)
+        if known != (epoch, number):
+            order = permutation(size, "window", self.seed, epoch, lane, number)
+            self._orders[lane] = (epoch, number), order
+        return order
 
     def _on_the_ring(
         self, epoch: int, line: Integers, begin: Integers, end: Integers
@@ -145,8 +214,8 @@ class Stream:
             order = permutation(len(self._counts), self.seed, "shards", epoch)
             starts = np.concatenate([[0], np.cumsum(self._counts[order])])
             cut = int(words(1, self.seed, "cut", epoch)[0] % np.uint64(self.samples))
-            # A batch straddles two epochs at most, and prefetching runs a little ahead.
-            for old in sorted(self._epochs)[:-3]:
+            # The batch that ends an epoch begins the next; nobody goes back.
+            for old in sorted(self._epochs)[:-1]:
                 del self._epochs[old]
             self._epochs[epoch] = _Epoch(order, starts, cut)
         return self._epochs[epoch]
@@ -164,8 +233,19 @@ def locate_in_order(samples_per_shard: Integers, numbers: Integers) -> Places:
 
 
 def default_lanes(batch_size: int) -> int:
-    """The largest divisor of the batch size up to 64."""
-    return max(lanes for lanes in range(1, min(batch_size, MOST_LANES) + 1) if batch_size % lanes == 0)
+    """As many lanes as make a batch, or so many of 33 to 64 that few are read by several ranks.
+
+    They divide the batch if possible. If not, the cuts between ranks wander by one lane at most,
+    so that W ranks read at most 2 (W - 1) lanes more than there are.
+    """
+    if batch_size <= MOST_LANES:
+        return batch_size
+
+    def wander(lanes: int) -> int:
+        rest = batch_size % lanes
+        return -(-2 * rest * (lanes - rest) // batch_size)
+
+    return min(range(MOST_LANES, MOST_LANES // 2, -1), key=wander)
 
 
 def batches(start: int, stop: int, batch_size: int) -> Iterator[tuple[int, int]]:
@@ -180,33 +260,11 @@ def training_share(first: int, size: int, *, lanes: int, rank: int, world_size: 
     Shares of all ranks are disjoint, make up the batch, and differ by one position at most.
     """
     positions = np.arange(first, first + size, dtype=np.int64)
-    if lanes % world_size == 0 and size % lanes == 0:
-        owners = (positions % lanes) // (lanes // world_size)
-        mine: Integers = positions[owners == rank]
-        return mine
+    by_lane = np.argsort(positions % lanes, kind="stable")
     share = contiguous_share(size, rank=rank, world_size=world_size)
-    return positions[share.start : share.stop]
+    return np.sort(positions[by_lane[share.start : share.stop]])
 
 
 def contiguous_share(total: int, *, rank: int, world_size: int) -> range:
     """`rank`'s part of 0 ... total - 1; parts follow each other and differ by one at most."""
     return range(total * rank // world_size, total * (rank + 1) // world_size)
-
-
-@lru_cache(maxsize=4 * MOST_LANES)
-def _window_places(key: tuple[int, ...], length: int, first_size: int, window: int) -> Integers:
-    """Where in a segment of `length` samples each window begins, by the order of visits."""
-    later = -(-(length - first_size) // window)
-    sizes = np.full(1 + later, window, np.int64)
-    sizes[0] = first_size
-    if later:
-        sizes[-1] = length - first_size - (later - 1) * window
-    order = permutation(len(sizes), "windows", *key)
-    begins = np.empty_like(sizes)
-    begins[order] = np.cumsum(sizes[order]) - sizes[order]
-    return begins
-
-
-@lru_cache(maxsize=4 * MOST_LANES)
-def _window_order(key: tuple[int, ...], window: int, size: int) -> Integers:
-    return permutation(size, "window", *key, window)
