@@ -65,7 +65,7 @@ cadence: {log_images: 100, evaluate_images: 500}
         path, "optimizer.warmup_images=1001", "spectral_coefficient=1", "train.seed=-1", "nothing"
     )
     assert found == {
-        "data.lanes": f"{path}:1: must be a whole number >= 1, or null, not 0",
+        "data.lanes": f"{path}:1: must be a whole number >= 1 or null, not 0",
         "trian.batch_size": f"{path}:2: there is no such setting; did you mean train.batch_size?",
         "train.precision": f"{path}:6: must be one of fp32, bf16, not 'fp16'",
         "train.micro_batch_size": f"{path}:7: 11 is more than train.batch_size, 10",
