@@ -3,8 +3,6 @@
 What costs seconds is made once, when a test first asks for it.
 """
 
-import json
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,13 +10,12 @@ import pytest
 import torch
 
 from pipeline.data import shards
+from tests import s3_server
 from tests.tiny_run import IMAGES, YAML, Home
 
 # For tiny models: on a busy machine several threads wait for each other most of the time.
 torch.set_num_threads(1)
 
-REPOSITORY = Path(__file__).parent.parent
-SERVER_PYTHON = REPOSITORY / ".venv-s3/bin/python"
 BUCKET = "tests"
 
 
@@ -47,27 +44,13 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
     All tests share the bucket; each works below a folder of its own.
     """
-    if not SERVER_PYTHON.exists():
+    if not s3_server.PYTHON.exists():
         pytest.fail("no S3 server: `make .venv-s3/installed` installs one")
-    folder = tmp_path_factory.mktemp("s3")
-    command = [str(SERVER_PYTHON), str(Path(__file__).parent / "s3_server.py"), str(folder)]
     with (
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server,
+        s3_server.serving(tmp_path_factory.mktemp("s3")) as server,
         pytest.MonkeyPatch.context() as environment,
     ):
-        assert server.stdout is not None
-        assert server.stdin is not None
-        answer = server.stdout.readline()
-        assert answer, f"the S3 server did not start; its logs are in {folder}"
-        for name, value in json.loads(answer).items():
+        for name, value in server.client.items():
             environment.setenv(name, value)
-        make_bucket(BUCKET)
+        s3_server.make_bucket(BUCKET)
         yield f"s3://{BUCKET}"
-        server.stdin.close()
-
-
-def make_bucket(name: str) -> None:
-    """Create a bucket with the settings in the environment."""
-    import boto3
-
-    boto3.client("s3").create_bucket(Bucket=name)

@@ -17,8 +17,13 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
+PROGRAM = Path(__file__).resolve()
+PYTHON = PROGRAM.parents[1] / ".venv-s3/bin/python"
 ACCESS_KEY, SECRET_KEY = "tests:user", "not-a-secret"
 DAEMONS = ("account", "container", "object")
 
@@ -79,6 +84,36 @@ use = egg:swift#copy
 [filter:slo]
 use = egg:swift#slo
 """
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server that runs."""
+
+    process: int
+    client: dict[str, str]
+    """What a client needs in its environment: the AWS_* settings."""
+
+
+@contextmanager
+def serving(folder: Path) -> Iterator[Server]:
+    """A server that keeps its objects in `folder`, as a process of its own."""
+    command = [str(PYTHON), str(PROGRAM), str(folder)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdin is not None
+        answer = process.stdout.readline()
+        if not answer:
+            raise RuntimeError(f"the S3 server did not start; its logs are in {folder}")
+        yield Server(process.pid, json.loads(answer))
+        process.stdin.close()
+
+
+def make_bucket(name: str) -> None:
+    """Create a bucket with the settings in the environment."""
+    import boto3
+
+    boto3.client("s3").create_bucket(Bucket=name)
 
 
 def free_ports(count: int) -> list[int]:
