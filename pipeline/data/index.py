@@ -15,7 +15,7 @@ Names in an index are relative and cannot lead out of the data set's folder.
 
 import hashlib
 import json
-import struct
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -24,23 +24,37 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline import storage
+from pipeline.data.sidecar import Sidecar as Sidecar
+from pipeline.data.sidecar import length_fits, parse_sidecar
 from pipeline.errors import InputError
 
 TRAIN, VALIDATION = "train", "validation"
 SPLITS = (TRAIN, VALIDATION)
 INDEX_NAME = "index.json"
-FORMAT, FORMAT_VERSION = "nvae-shards", 1
+FORMAT, FORMAT_VERSION = "nvae-shards", 2
 
-_SIDECAR_HEADER = struct.Struct("<8sIIQ")
-_SIDECAR_MAGIC = b"NVAEIDX\0"
-_SIDECAR_VERSION = 1
+# What no data set exceeds. An index or a sidecar that somebody made up is refused by these
+# before its numbers turn into memory.
+MAX_INDEX_BYTES = 2**26
+"""About 200,000 shards."""
+MAX_SHARD_BYTES = 2**44
+MAX_SIDECAR_BYTES = 2**28
+"""About five million samples in one shard."""
+MAX_IMAGE_SIZE = 4096
+LEAST_SAMPLE_BYTES = 1024
+"""A tar header and one block of data."""
+
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*(?:/[A-Za-z0-9_-][A-Za-z0-9_.-]*)*\.tar")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_LONGEST_SHOWN = 300
+_LONGEST_NAME = 1024
 
 
 class ShardError(InputError):
     """A data set cannot be built, is incomplete, or holds something else than its index says."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Shard:
     """One tar of a split."""
 
@@ -50,6 +64,7 @@ class Shard:
     bytes: int
     sha256: str
     """Of the whole tar, in hexadecimal."""
+    sidecar_bytes: int
     sidecar_sha256: str
 
     @property
@@ -90,61 +105,41 @@ class Index:
 
     @property
     def content_hash(self) -> str:
-        """SHA-256 over the image format and all shards' hashes, in order.
+        """SHA-256 over the image format and the hashes of all shards and sidecars, in order.
 
         It does not depend on where the data set lies. Two data sets with the same hash deliver
-        the same samples at the same positions; the same images in other shards are another one.
+        the same samples at the same positions; the same images in other shards are another one,
+        and so are the same shards with a sidecar that leaves other samples out.
         """
-        content = {split: [(shard.samples, shard.sha256) for shard in self.shards(split)] for split in SPLITS}
+        content = {
+            split: [(shard.samples, shard.sha256, shard.sidecar_sha256) for shard in self.shards(split)]
+            for split in SPLITS
+        }
         text = json.dumps([self.image_size, self.channels, content], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def to_json(self) -> bytes:
-        """The content of `index.json`."""
-        fields = asdict(self)
-        del fields["root"]
-        samples = {split: self.num_samples(split) for split in SPLITS}
-        head = {"format": FORMAT, "format_version": FORMAT_VERSION, "content_hash": self.content_hash}
-        return json.dumps(head | {"samples": samples} | fields, indent=1).encode()
-
-
-@dataclass(frozen=True)
-class Sidecar:
-    """Where each sample of one shard is, and how to know that it arrived whole."""
-
-    offsets: NDArray[np.int64]
-    """(N,) first byte of the sample's first tar header."""
-    sizes: NDArray[np.int64]
-    """(N,) bytes of the sample: headers, data and padding of its members."""
-    checksums: NDArray[np.int64]
-    """(N,) CRC-32 of these bytes."""
-    keys: tuple[str, ...]
-
-    def to_bytes(self) -> bytes:
-        """The content of the sidecar file; little-endian whatever the machine."""
-        encoded = [key.encode() for key in self.keys]
-        ends = np.cumsum([len(key) for key in encoded], dtype=np.int64)
-        blob = b"".join(encoded)
-        header = _SIDECAR_HEADER.pack(_SIDECAR_MAGIC, _SIDECAR_VERSION, len(encoded), len(blob))
-        columns = (self.offsets, self.sizes, self.checksums, ends)
-        return header + b"".join(column.astype("<i8").tobytes() for column in columns) + blob
-
-
-def parse_sidecar(data: bytes) -> Sidecar:
-    """The sidecar stored in `data`. Raises ValueError if it is none."""
-    if len(data) < _SIDECAR_HEADER.size:
-        raise ValueError("too short for a sidecar")
-    magic, version, samples, key_bytes = _SIDECAR_HEADER.unpack_from(data)
-    if magic != _SIDECAR_MAGIC or version != _SIDECAR_VERSION:
-        raise ValueError(f"not a sidecar of version {_SIDECAR_VERSION}")
-    if len(data) != _SIDECAR_HEADER.size + 4 * 8 * samples + key_bytes:
-        raise ValueError("cut short")
-    columns = np.frombuffer(data, "<i8", 4 * samples, _SIDECAR_HEADER.size).reshape(4, samples)
-    offsets, sizes, checksums, ends = columns.astype(np.int64)
-    blob = data[len(data) - key_bytes :]
-    starts = np.concatenate([[0], ends[:-1]]) if samples else ends
-    keys = tuple(blob[start:end].decode() for start, end in zip(starts, ends, strict=True))
-    return Sidecar(offsets, sizes, checksums, keys)
+        """The content of `index.json`: a line for each fact, a line for each shard."""
+        facts: dict[str, Any] = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "content_hash": self.content_hash,
+            "samples": {split: self.num_samples(split) for split in SPLITS},
+            "image_size": self.image_size,
+            "channels": self.channels,
+            "source": self.source,
+            "licence": self.licence,
+            "arguments": dict(self.arguments),
+            "rejected": self.rejected,
+            "duplicates": self.duplicates,
+        }
+        lines = [f" {json.dumps(name)}: {json.dumps(fact)}" for name, fact in facts.items()]
+        splits = []
+        for split, shards in self.splits.items():
+            rows = ",\n".join(f"   {json.dumps(asdict(shard))}" for shard in shards)
+            splits.append(f"  {json.dumps(split)}: [\n{rows}\n  ]")
+        lines.append(' "splits": {\n' + ",\n".join(splits) + "\n }")
+        return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
 
 
 def read_sidecar(index: Index, shard: Shard) -> Sidecar:
@@ -154,7 +149,7 @@ def read_sidecar(index: Index, shard: Shard) -> Sidecar:
     cannot be read.
     """
     url = storage.join(index.root, shard.sidecar_name)
-    data = storage.read_bytes(url)
+    data = storage.read_bytes(url, 0, shard.sidecar_bytes)
     found = hashlib.sha256(data).hexdigest()
     if found != shard.sidecar_sha256:
         raise ShardError(
@@ -162,13 +157,13 @@ def read_sidecar(index: Index, shard: Shard) -> Sidecar:
             f"It was replaced or damaged; {_remedy(index.root)}"
         )
     try:
-        sidecar = parse_sidecar(data)
+        sidecar = parse_sidecar(data, shard.bytes)
+        if len(sidecar.keys) != shard.samples:
+            raise ValueError(f"lists {len(sidecar.keys):,} samples, {INDEX_NAME} {shard.samples:,}")
     except ValueError as error:
-        raise ShardError(f"{storage.shown(url)}: {error}; {_remedy(index.root)}") from error
-    ends = sidecar.offsets + sidecar.sizes
-    ordered = bool(np.all(sidecar.offsets[1:] >= ends[:-1])) and bool(np.all(sidecar.sizes > 0))
-    if len(sidecar.keys) != shard.samples or not ordered or (ends[-1:] > shard.bytes).any():
-        raise ShardError(f"{storage.shown(url)}: does not fit its shard; {_remedy(index.root)}")
+        raise ShardError(
+            f"{storage.shown(url)}: does not fit its shard ({error}); {_remedy(index.root)}"
+        ) from error
     return sidecar
 
 
@@ -180,6 +175,11 @@ def load_index(root: str) -> Index:
     root = storage.normalize(root)
     url = storage.join(root, INDEX_NAME)
     try:
+        if storage.size(url) > MAX_INDEX_BYTES:
+            raise ShardError(
+                f"{storage.shown(url)}: has more than {MAX_INDEX_BYTES >> 20} MiB and is not read. "
+                f"Make fewer, larger shards."
+            )
         text = storage.read_text(url)
     except storage.MissingError as error:
         raise ShardError(
@@ -189,10 +189,10 @@ def load_index(root: str) -> Index:
         ) from error
     try:
         return _parse_index(root, json.loads(text))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ShardError(
             f"{storage.shown(url)}: is not an index of a data set "
-            f"({type(error).__name__}: {error}). {_remedy(root)}"
+            f"({type(error).__name__}: {_shortly(str(error))}). Restore it, or build the data set again."
         ) from error
 
 
@@ -200,16 +200,21 @@ def _parse_index(root: str, fields: Mapping[str, Any]) -> Index:
     if fields.get("format") != FORMAT:
         raise ValueError(f"its format is not {FORMAT}")
     if fields["format_version"] != FORMAT_VERSION:
-        raise ValueError(f"format version {fields['format_version']} is not {FORMAT_VERSION}: update nvae")
+        raise ValueError(
+            f"format version {fields['format_version']!r} is not {FORMAT_VERSION}, the one that is read: use "
+            f"the nvae that wrote it, or build the data set again"
+        )
+    if fields["channels"] not in (1, 3):
+        raise ValueError(f"channels is {_shortly(fields['channels'])}, neither 1 nor 3")
     unknown = set(fields["splits"]) - set(SPLITS)
     if unknown:
         raise ValueError(f"unknown splits {sorted(unknown)}")
     index = Index(
         root=root,
-        image_size=_whole_number(fields, "image_size", 1),
-        channels=_whole_number(fields, "channels", 1),
-        source=str(fields["source"]),
-        licence=fields["licence"],
+        image_size=_whole_number(fields, "image_size", 1, MAX_IMAGE_SIZE),
+        channels=_whole_number(fields, "channels", 1, 3),
+        source=_printable(fields["source"]),
+        licence=None if fields["licence"] is None else _printable(fields["licence"]),
         arguments=dict(fields["arguments"]),
         rejected=_whole_number(fields, "rejected", 0),
         duplicates=_whole_number(fields, "duplicates", 0),
@@ -230,30 +235,58 @@ def _parse_shards(rows: Sequence[Mapping[str, Any]]) -> tuple[Shard, ...]:
 def parse_shard(row: Mapping[str, Any]) -> Shard:
     """One row of an index. Raises ValueError, KeyError or TypeError if it makes no sense."""
     name = row["name"]
-    storage.check_relative(name)
-    if not name.endswith(".tar"):
-        raise ValueError(f"{name}: only plain .tar files are read")
-    return Shard(
+    check_shard_name(name)
+    shard = Shard(
         name=name,
         samples=_whole_number(row, "samples", 0),
-        bytes=_whole_number(row, "bytes", 0),
+        bytes=_whole_number(row, "bytes", 0, MAX_SHARD_BYTES),
         sha256=_digest(row, "sha256"),
+        sidecar_bytes=_whole_number(row, "sidecar_bytes", 0, MAX_SIDECAR_BYTES),
         sidecar_sha256=_digest(row, "sidecar_sha256"),
     )
+    if shard.samples * LEAST_SAMPLE_BYTES > shard.bytes:
+        raise ValueError(f"{name!r}: {shard.bytes:,} bytes cannot hold {shard.samples:,} samples")
+    if not length_fits(shard.sidecar_bytes, shard.samples):
+        raise ValueError(
+            f"{name!r}: a sidecar of {shard.samples:,} samples has not {shard.sidecar_bytes:,} bytes"
+        )
+    return shard
 
 
-def _whole_number(fields: Mapping[str, Any], name: str, least: int) -> int:
+def check_shard_name(name: str) -> None:
+    """Raises ValueError unless `name` can be that of a shard in an index."""
+    if _PLAIN_NAME.fullmatch(name) and len(name) <= _LONGEST_NAME:
+        return
+    storage.check_relative(name)
+    if not name.endswith(".tar"):
+        raise ValueError(f"{name!r}: only plain .tar files are read")
+    if len(name) > _LONGEST_NAME or not name.isprintable():
+        raise ValueError(f"{_shortly(name)}: is too long, or holds characters that cannot be shown")
+
+
+def _whole_number(fields: Mapping[str, Any], name: str, least: int, most: int = 2**53) -> int:
     value = fields[name]
-    if type(value) is not int or value < least:
-        raise ValueError(f"{name} is {value!r}, not a whole number from {least}")
+    if type(value) is not int or not least <= value <= most:
+        raise ValueError(f"{name} is {_shortly(value)}, not a whole number from {least} to {most}")
     return value
 
 
 def _digest(fields: Mapping[str, Any], name: str) -> str:
     value = fields[name]
-    if not isinstance(value, str) or len(value) != 64 or set(value) - set("0123456789abcdef"):
-        raise ValueError(f"{name} is {value!r}, not a SHA-256")
+    if not isinstance(value, str) or not _DIGEST.fullmatch(value):
+        raise ValueError(f"{name} is {_shortly(value)}, not a SHA-256")
     return value
+
+
+def _printable(text: str) -> str:
+    """The text without what would steer a terminal."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(text))
+
+
+def _shortly(value: object) -> str:
+    """The value for a message, however long it is and whatever it holds."""
+    text = _printable(value) if isinstance(value, str) else repr(value)
+    return text if len(text) <= _LONGEST_SHOWN else text[:_LONGEST_SHOWN] + "..."
 
 
 def _remedy(root: str) -> str:

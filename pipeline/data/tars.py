@@ -2,21 +2,22 @@
 
 Tars are written by hand, header by header, rather than by webdataset's ShardWriter: without
 owner, time or padding they have the same bytes whenever and wherever they are built, and the
-place and checksum of each sample are known as it is written. They are read by webdataset's
-own stages, on bytes whose checksums have been compared: any reader of WebDataset reads them.
+place and checksum of each sample are known as it is written. What a member is, is read within
+limits (members.py); which members are a sample is decided by webdataset's own rules.
 """
 
 import hashlib
 import io
+import re
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from pipeline.data.index import Shard, Sidecar
+from pipeline.data.index import Shard
+from pipeline.data.members import FILE, Tape, members
+from pipeline.data.sidecar import make_sidecar
 
 # One file of each sample is an image, with one of these extensions; other files are not opened.
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp", "ppm", "pgm")
@@ -36,13 +37,10 @@ class TarBuilder:
 
     def __init__(self) -> None:
         self._file = io.BytesIO()
-        self._offsets: list[int] = []
-        self._sizes: list[int] = []
-        self._checksums: list[int] = []
-        self._keys: list[str] = []
+        self._rows: list[tuple[int, int, int, str]] = []
 
     def __len__(self) -> int:
-        return len(self._keys)
+        return len(self._rows)
 
     @property
     def size(self) -> int:
@@ -54,26 +52,19 @@ class TarBuilder:
         header.size = len(data)
         padding = bytes(-len(data) % tarfile.BLOCKSIZE)
         member = header.tobuf(tarfile.USTAR_FORMAT, "utf-8", "strict") + data + padding
-        self._offsets.append(self._file.tell())
-        self._sizes.append(len(member))
-        self._checksums.append(zlib.crc32(member))
-        self._keys.append(key)
+        self._rows.append((self._file.tell(), len(member), zlib.crc32(member), key))
         self._file.write(member)
 
     def finish(self, name: str) -> FinishedTar:
         """The tar under the name that it will have in its data set."""
         data = self._file.getvalue() + bytes(2 * tarfile.BLOCKSIZE)
-        sidecar = Sidecar(
-            np.array(self._offsets, np.int64),
-            np.array(self._sizes, np.int64),
-            np.array(self._checksums, np.int64),
-            tuple(self._keys),
-        ).to_bytes()
+        sidecar = make_sidecar(self._rows).to_bytes()
         shard = Shard(
             name=name,
             samples=len(self),
             bytes=len(data),
             sha256=hashlib.sha256(data).hexdigest(),
+            sidecar_bytes=len(sidecar),
             sidecar_sha256=hashlib.sha256(sidecar).hexdigest(),
         )
         return FinishedTar(shard, data, sidecar)
@@ -91,15 +82,17 @@ class Sample:
 def read_samples(data: bytes, name: str) -> Iterator[Sample]:
     """The samples in `data`: a plain tar, or a part of one that begins and ends between members.
 
-    Raises ValueError if it is no plain tar, if a sample has no image, and for whatever
-    webdataset finds wrong. An end that comes too early goes unnoticed: compare the keys.
+    Raises ValueError if it is no plain tar, or if a sample has no image or several.
     """
-    from webdataset.tariterators import group_by_keys, tar_file_expander
+    from webdataset.tariterators import group_by_keys
 
-    if not _is_plain_tar(data):
-        raise ValueError("not a plain tar")
-    source = [{"url": name, "stream": io.BytesIO(data)}]
-    for fields in group_by_keys(tar_file_expander(source)):
+    tape = Tape(io.BytesIO(data).read)
+    files = (
+        {"fname": member.name, "data": tape.take(member.data_bytes), "__url__": name}
+        for member in members(tape, whole=False)
+        if member.kind == FILE and not is_meta(member.name)
+    )
+    for fields in group_by_keys(files):
         yield Sample(fields["__key__"], _image_in(fields))
 
 
@@ -114,14 +107,38 @@ def read_sample(span: bytes, key: str, name: str) -> Sample:
     return samples[0]
 
 
-def _image_in(fields: dict[str, Any]) -> bytes:
-    found = [fields[extension] for extension in IMAGE_EXTENSIONS if extension in fields]
-    if len(found) != 1:
-        raise ValueError(f"sample {fields['__key__']!r} has {len(found)} images, not one")
-    image: bytes = found[0]
-    return image
+def key_and_extension(name: str) -> tuple[str, str] | None:
+    """What WebDataset makes of a member's name; None if it passes it over.
+
+    The extension is all behind the first dot of the file name, in lower case.
+    """
+    from webdataset.tariterators import base_plus_ext
+
+    key, extension = base_plus_ext(name)
+    return None if key is None or is_meta(name) else (key, extension.lower())
 
 
-def _is_plain_tar(data: bytes) -> bool:
-    """Whether `data` begins with a tar header; a compressed tar would be unpacked unasked."""
-    return data[257:262] == b"ustar" or not data.strip(b"\0")
+def is_meta(name: str) -> bool:
+    """Whether WebDataset takes the name for one of its own remarks in a tar."""
+    return re.match(r"__[^/]*__($|/)", name) is not None
+
+
+def image_rank(extension: str) -> int:
+    """0 for an image; 1 for one with further parts in its extension, such as `mask.png`; 2 for no image.
+
+    The image of a sample is the only file of rank 0; if there is none, the only one of rank 1.
+    """
+    if extension in IMAGE_EXTENSIONS:
+        return 0
+    return 1 if extension.rpartition(".")[2] in IMAGE_EXTENSIONS else 2
+
+
+def _image_in(fields: Mapping[str, Any]) -> bytes:
+    for rank in (0, 1):
+        found = [extension for extension in fields if image_rank(extension) == rank]
+        if len(found) == 1:
+            image: bytes = fields[found[0]]
+            return image
+        if found:
+            raise ValueError(f"sample {fields['__key__']!r} has {len(found)} images, not one")
+    raise ValueError(f"sample {fields['__key__']!r} has no image")
