@@ -61,6 +61,17 @@ class DataConfig(Section):
     """Threads of each worker that decode images."""
     prefetch_batches: int = Field(4, ge=1, json_schema_extra=RESUMABLE)
     """Batches that each worker holds ready."""
+    on_corrupt: Literal["fail", "skip"] = Field("fail", json_schema_extra=RESUMABLE)
+    """What becomes of a sample whose bytes are damaged, fetched twice, or are no image: the run
+    ends, or the sample is left out of the loss, counted and named in the log."""
+    max_corrupt_fraction: float = Field(0.01, ge=0, le=1, json_schema_extra=RESUMABLE)
+    """Skipping ends the run when a worker has lost more than this share of the samples that it
+    has asked for since it started, or of 1000 if it has asked for fewer."""
+    cache_folder: str | None = Field(None, pattern=r"^(/|~/)", json_schema_extra=RESUMABLE)
+    """Absolute path of a folder on a local disk for a cache of what was fetched, which all
+    workers of a machine share. None: no cache; data on a local disk are never cached."""
+    cache_gib: float = Field(20, gt=0, json_schema_extra=RESUMABLE)
+    """GiB that the cache never exceeds; what was not used for longest makes room."""
 
 
 class ObjectiveConfig(Section):

@@ -39,8 +39,9 @@ def track(items: Iterable[Item], description: str, total: int | None = None) -> 
 def training_line(metrics: Mapping[str, float], images_seen: int, total_images: int) -> str:
     """The status line of one log interval; its columns stand below each other.
 
-    Reads `train/bits_per_dim`, `train/kl_nats` and `speed/images_per_second`, of which the
-    remaining time follows; what is absent is a dash.
+    Reads `train/bits_per_dim`, `train/kl_nats`, `speed/images_per_second`, of which the remaining
+    time follows, and `data/wait_fraction`; what is absent is a dash. Corrupt samples are told
+    where there are any.
     """
     rate = metrics.get("speed/images_per_second")
     remaining = (total_images - images_seen) / rate if rate else None
@@ -50,8 +51,11 @@ def training_line(metrics: Mapping[str, float], images_seen: int, total_images: 
         f"{_number(metrics.get('train/bits_per_dim'), '7.3f')} bits/dim",
         f"{_number(metrics.get('train/kl_nats'), '9.1f')} nats KL",
         f"{_number(rate, '8.1f')} images/s",
+        f"{_number(metrics.get('data/wait_fraction'), '4.0%')} waiting for data",
         f"{duration(remaining):>7} left",
     ]
+    if metrics.get("data/corrupt_samples"):
+        columns.append(f"{metrics['data/corrupt_samples']:.0f} corrupt samples skipped")
     return "  ".join(columns)
 
 
@@ -64,7 +68,10 @@ def evaluation_line(scores: Mapping[str, float], images_seen: int) -> str:
         f"{_number(scores.get('validation/kl_nats'), '.1f')} of them KL"
     )
     weighted = scores.get("validation/importance_weighted_bits_per_dim")
-    return line if weighted is None else f"{line}; importance-weighted {weighted:.3f} bits/dim"
+    if weighted is not None:
+        line += f"; importance-weighted {weighted:.3f} bits/dim"
+    corrupt = scores.get("validation/corrupt_images")
+    return f"{line}; {corrupt:.0f} corrupt images left out" if corrupt else line
 
 
 def duration(seconds: float | None) -> str:

@@ -2,65 +2,99 @@
 
 The plan says which sample is needed at which position and which of its neighbours the same
 lane will need soon (its window). A window is fetched in pieces of about two megabytes: one
-range request each, in the order in which they are first needed. A piece is delivered only if
-the checksum of each of its samples is what the sidecar says, and the sidecar is what the index
-says; what differs is fetched once more, and then the run ends with the shard, the sample and
-its place. So neither a cut tar, nor a replaced one, nor a bit that fell over goes unnoticed.
+range request each, in the order in which they are first needed. Nothing is delivered but
+samples whose checksum is what the sidecar says, out of a sidecar that is what the index says.
+A piece with a sample that differs is fetched once more, and so is a sidecar; then that sample,
+and only it, is corrupt (data/corruption.py). So neither a cut tar, nor a replaced one, nor a
+bit that fell over goes unnoticed.
 
-Memory: each lane that a rank reads holds what is left of its current window, at most
-`shuffle_window` encoded images, and the beginning of the next. A sample is released when it
-is handed out.
+The very first sample of each lane is fetched by itself, before the piece around it: a run
+begins when a batch has arrived, not when the windows of all lanes have.
+
+With a cache (data/cache.py), pieces are those of a fixed grid, whole. At its two edges a window
+then fetches up to one piece more, which whoever reads the next window finds in the cache; if the
+cache is too small to hold it until then, that is the cost: on average one piece per window. Without
+a cache pieces end where the window does.
+
+Memory, in encoded images: let the caller request h samples per lane ahead of those he has
+taken. A lane then holds at most one window of samples, h besides, and its first sample, since a
+window is requested only when all but h of the one before were taken; for L lanes that is
+L (shuffle_window + h + 1), and FETCH_THREADS pieces in transfer. A rank reads the lanes of its
+share, or all of them if the number of ranks does not divide them.
 """
 
 import threading
-import zlib
 from collections import OrderedDict
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 from pipeline import storage
+from pipeline.data import pieces
+from pipeline.data.cache import PieceCache
+from pipeline.data.corruption import CorruptSampleError
 from pipeline.data.index import Index, Shard, ShardError, Sidecar, read_sidecar
+from pipeline.data.pieces import Piece
 from pipeline.data.plan import Places
-from pipeline.data.tars import Sample, read_samples
 
-PIECE_BYTES = 2 * 2**20
-FETCH_THREADS = 8
-_SIDECARS_KEPT = 256
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """Samples [first, end) of a shard, which are fetched together."""
-
-    shard: int
-    first: int
-    end: int
+FETCH_THREADS = 16
+"""Requests under way at once: at 100 ms each, 160 pieces or 320 MB a second."""
+_SIDECAR_SAMPLES_KEPT = 2**20
+"""Samples that the sidecars in memory describe together; about 150 bytes each."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
+class Span:
+    """The verified bytes of a sample."""
+
+    shard: Shard
+    key: str
+    offset: int
+    """Its first byte in the shard."""
+    data: bytes
+
+    def corrupt(self, index: Index, what: str) -> CorruptSampleError:
+        return CorruptSampleError(index, self.shard, self.key, self.offset, what)
+
+
+_Spans = dict[int, Span | CorruptSampleError]
+
+
+@dataclass(frozen=True, slots=True)
 class PendingSample:
     """A sample that has been asked for."""
 
-    name: str
-    """Shard and number, for messages."""
-    _piece: Future[dict[int, Sample]]
+    _spans: Future[_Spans]
     _number: int
 
-    def wait(self) -> Sample:
-        """The sample, once. Raises ShardError or StoreError if it cannot be had unharmed."""
+    def when_decided(self, action: Callable[[], None]) -> None:
+        """Call `action` once, as soon as `take` answers at once, from whatever thread it is."""
+        self._spans.add_done_callback(lambda _: action())
+
+    def take(self) -> Span:
+        """The sample, once; waits for it. Raises CorruptSampleError if it alone cannot be had,
+        ShardError or StoreError if nothing can, CancelledError if the reader was closed."""
         # Taken out, so that its bytes are freed while the rest of the piece waits.
-        return self._piece.result().pop(self._number)
+        span = self._spans.result().pop(self._number)
+        if isinstance(span, CorruptSampleError):
+            raise span
+        return span
 
 
 class Reader:
     """Reads the samples of one split, each lane in the order of the plan."""
 
-    def __init__(self, index: Index, split: str) -> None:
-        self._index, self._shards = index, index.shards(split)
+    def __init__(self, index: Index, split: str, cache: PieceCache | None = None) -> None:
+        self._index, self._shards, self._cache = index, index.shards(split), cache
         self._pool = ThreadPoolExecutor(FETCH_THREADS, "fetch")
-        self._windows: dict[int, tuple[int, dict[_Piece, Future[dict[int, Sample]]]]] = {}
+        self._windows: dict[int, tuple[int, dict[Piece, Future[_Spans]]]] = {}
         self._sidecars: OrderedDict[int, Future[Sidecar]] = OrderedDict()
+        self._sidecar_samples = 0
         self._lock = threading.Lock()
+        self.transferred_bytes = 0
+        """Out of shards, from the store; damaged and repeated transfers included."""
+        self.cached_bytes = 0
+        """Out of the cache, undamaged."""
 
     def request(self, places: Places) -> list[PendingSample]:
         """Begin to fetch the samples at `places`; not to be called by several threads at once."""
@@ -83,34 +117,74 @@ class Reader:
     def _request(
         self, lane: int, window: int, shard: int, sample: int, first: int, end: int
     ) -> PendingSample:
-        if lane not in self._windows or self._windows[lane][0] != window:
+        is_first = lane not in self._windows
+        if is_first or self._windows[lane][0] != window:
             # The lane has left its last window; what this rank did not need of it goes.
             self._windows[lane] = (window, {})
-        pieces = self._windows[lane][1]
-        piece = self._piece(shard, sample, first, end)
-        if piece not in pieces:
-            pieces[piece] = self._pool.submit(self._fetch, piece)
-        return PendingSample(f"{self._shards[shard].name}, sample {sample}", pieces[piece], sample)
+        if is_first:
+            alone = Piece(shard, sample, sample + 1)
+            return PendingSample(self._pool.submit(self._fetch, alone, alone, None), sample)
+        known = self._windows[lane][1]
+        whole = pieces.grid_piece(shard, self._shards[shard], sample)
+        wanted = Piece(shard, max(whole.first, first), min(whole.end, end))
+        if wanted not in known:
+            fetched = wanted if self._cache is None else whole
+            known[wanted] = self._pool.submit(self._fetch, wanted, fetched, self._cache)
+        return PendingSample(known[wanted], sample)
 
-    def _piece(self, shard: int, sample: int, first: int, end: int) -> _Piece:
-        row = self._shards[shard]
-        length = max(PIECE_BYTES * row.samples // max(row.bytes, 1), 1)
-        begin = sample // length * length
-        return _Piece(shard, max(begin, first), min(begin + length, end))
+    def _fetch(self, wanted: Piece, fetched: Piece, cache: PieceCache | None) -> _Spans:
+        """The samples of `wanted` by number, out of a transfer of all of `fetched`."""
+        shard, sidecar = self._shards[fetched.shard], self._sidecar(fetched.shard)
+        found: _Spans = {}
+        for run in pieces.runs(fetched, sidecar):
+            data, damaged = self._whole(run, shard, sidecar, cache)
+            for number, span in pieces.spans(data, run, sidecar):
+                if wanted.first <= number < wanted.end:
+                    key, offset = sidecar.keys[number], int(sidecar.offsets[number])
+                    if number in damaged:
+                        found[number] = CorruptSampleError(self._index, shard, key, offset, damaged[number])
+                    else:
+                        # A copy, so that the piece does not stay for the sake of its last sample.
+                        found[number] = Span(shard, key, offset, bytes(span))
+        return found
 
-    def _fetch(self, piece: _Piece) -> dict[int, Sample]:
-        shard, sidecar = self._shards[piece.shard], self._sidecar(piece.shard)
-        url = storage.join(self._index.root, shard.name)
-        begin = int(sidecar.offsets[piece.first])
-        end = int(sidecar.offsets[piece.end - 1] + sidecar.sizes[piece.end - 1])
-        data = storage.read_bytes(url, begin, end)
-        if _first_damaged(data, begin, sidecar, piece) is not None:
+    def _whole(
+        self, run: Piece, shard: Shard, sidecar: Sidecar, cache: PieceCache | None
+    ) -> tuple[bytes, dict[int, str]]:
+        """The bytes of `run`, from the cache or the store, and what is wrong with which sample."""
+        start, end = pieces.byte_range(run, sidecar)
+        name = f"{shard.sha256}-{start}-{end}"
+        if cache is not None and (cached := cache.get(name)) is not None:
+            if len(cached) == end - start and not pieces.damage(cached, run, sidecar):
+                with self._lock:
+                    self.cached_bytes += len(cached)
+                return cached, {}
+            cache.drop(name)
+        data = self._transfer(shard, start, end)
+        damaged = pieces.damage(data, run, sidecar)
+        if damaged:
             # A transfer may have spoilt it; a second one tells that from a damaged shard.
-            data = storage.read_bytes(url, begin, end)
-            damaged = _first_damaged(data, begin, sidecar, piece)
-            if damaged is not None:
-                raise _damage(self._index, shard, sidecar, damaged, "its checksum is wrong")
-        return _opened(data, self._index, shard, sidecar, piece)
+            data = self._transfer(shard, start, end)
+            damaged = pieces.damage(data, run, sidecar)
+        if cache is not None and not damaged:
+            cache.put(name, data)
+        return data, damaged
+
+    def _transfer(self, shard: Shard, start: int, end: int) -> bytes:
+        """Bytes [start, end) of `shard`, or as many of them as it has."""
+        url = storage.join(self._index.root, shard.name)
+        try:
+            data = storage.read_bytes(url, start, end)
+        except storage.MissingError:
+            raise
+        except storage.StoreError:
+            there = storage.size(url)
+            if there >= end:
+                raise
+            data = storage.read_bytes(url, start, there) if there > start else b""
+        with self._lock:
+            self.transferred_bytes += len(data)
+        return data
 
     def _sidecar(self, number: int) -> Sidecar:
         """The sidecar of a shard; whoever asks first fetches it, the others wait."""
@@ -118,44 +192,20 @@ class Reader:
             mine = number not in self._sidecars
             future = self._sidecars.setdefault(number, Future())
             self._sidecars.move_to_end(number)
-            if len(self._sidecars) > _SIDECARS_KEPT:
-                self._sidecars.popitem(last=False)
+            self._sidecar_samples += self._shards[number].samples if mine else 0
+            while self._sidecar_samples > _SIDECAR_SAMPLES_KEPT and len(self._sidecars) > FETCH_THREADS:
+                oldest, _ = self._sidecars.popitem(last=False)
+                self._sidecar_samples -= self._shards[oldest].samples
         if mine:
             try:
-                future.set_result(read_sidecar(self._index, self._shards[number]))
+                future.set_result(self._fetch_sidecar(self._shards[number]))
             except BaseException as error:
                 future.set_exception(error)
         return future.result()
 
-
-def _first_damaged(data: bytes, begin: int, sidecar: Sidecar, piece: _Piece) -> int | None:
-    """Number of the first sample in `data` whose checksum is wrong."""
-    view = memoryview(data)
-    for number in range(piece.first, piece.end):
-        start = int(sidecar.offsets[number]) - begin
-        if zlib.crc32(view[start : start + int(sidecar.sizes[number])]) != sidecar.checksums[number]:
-            return number
-    return None
-
-
-def _opened(data: bytes, index: Index, shard: Shard, sidecar: Sidecar, piece: _Piece) -> dict[int, Sample]:
-    """The samples in `data` by number. Raises ShardError if they are not the sidecar's."""
-    numbers = range(piece.first, piece.end)
-    try:
-        samples = list(read_samples(data, shard.name))
-    except Exception as error:
-        # webdataset and tarfile report a broken tar by many unrelated exceptions.
-        what = f"it cannot be read as a tar ({type(error).__name__}: {error})"
-        raise _damage(index, shard, sidecar, piece.first, what) from error
-    if [sample.key for sample in samples] != [sidecar.keys[number] for number in numbers]:
-        raise _damage(index, shard, sidecar, piece.first, "the tar holds other samples")
-    return dict(zip(numbers, samples, strict=True))
-
-
-def _damage(index: Index, shard: Shard, sidecar: Sidecar, number: int, what: str) -> ShardError:
-    return ShardError(
-        f"{storage.shown(storage.join(index.root, shard.name))}: sample {sidecar.keys[number]!r} at byte "
-        f"{int(sidecar.offsets[number]):,}: {what}, read twice. The shard was damaged or replaced; "
-        f"`nvae shards verify {storage.shown(index.root)}` lists everything that is wrong. Build the data "
-        f"set again, or restore the shard, and start the run again: it continues."
-    )
+    def _fetch_sidecar(self, shard: Shard) -> Sidecar:
+        try:
+            return read_sidecar(self._index, shard)
+        except ShardError:
+            # As with samples, a second transfer decides.
+            return read_sidecar(self._index, shard)

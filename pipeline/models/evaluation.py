@@ -72,29 +72,31 @@ def evaluate(
 
     `batches` are this rank's share of it. Every rank must call it; all get the same answer.
     NELBO, reconstruction and KL are means over K = `importance_samples` draws per image, which
-    share one pass of the encoder. Images of weight 0 do not count. Raises EvaluationError if
-    no image is left on any rank.
+    share one pass of the encoder. Images of weight 0 could not be read: they are left out of every
+    mean and counted by themselves. Raises EvaluationError if no image is left on any rank.
 
     Names: `validation/` and `nelbo_nats`, `bits_per_dim`, `reconstruction_nats`, `kl_nats` and
     `kl_nats/group_00...`, `active_channels` (latent channels whose KL exceeds 0.1 nats) and
-    `active_channels/group_00...`, `images`; with K > 1 also `importance_weighted_nats` and
-    `importance_weighted_bits_per_dim`.
+    `active_channels/group_00...`, `images`, `corrupt_images`; with K > 1 also
+    `importance_weighted_nats` and `importance_weighted_bits_per_dim`.
     """
     groups, channels = model.config.num_groups, model.config.latent_channels
     with inference(model) as device:
         sums = torch.zeros(3 + groups * channels, dtype=torch.float64, device=device)
+        corrupt = torch.zeros(1, dtype=torch.float64, device=device)
         for batch in batches:
             kept = batch.weights > 0
+            corrupt += len(kept) - int(kept.sum())
             if kept.any():
                 images = to_model(batch.images[kept].to(device), model.config)
                 sums += _batch_sums(model, images, batch.positions[kept].tolist(), importance_samples, seed)
-    sums = worker.all_reduce(sums).cpu()
+    sums, corrupt = worker.all_reduce(torch.cat([sums, corrupt])).cpu().tensor_split([-1])
     if not sums[0]:
         raise EvaluationError(
             f"{config.data.root}: the validation split has no readable image; build the data set with "
             "--validation-fraction, or check it with `nvae shards verify`."
         )
-    return _scores(sums, model, importance_samples)
+    return _scores(sums, model, importance_samples) | {"validation/corrupt_images": corrupt.item()}
 
 
 def _batch_sums(model: NVAE, images: Tensor, positions: list[int], draws: int, seed: int) -> Tensor:

@@ -39,7 +39,9 @@ NAMES = MappingProxyType(
         "speed/images_per_second": "of all ranks together, without evaluations and checkpoints",
         "speed/seconds_per_step": "mean over the ranks",
         "data/wait_seconds": "that a rank waited for batches in the interval; mean over the ranks",
-        "data/wait_fraction": "its share of the interval",
+        "data/wait_fraction": "its share of the interval, which is counted as for images_per_second",
+        "data/corrupt_samples": "left out of the loss because they could not be read; all ranks together",
+        "data/cached_fraction": "share of the bytes of shards that came from the local cache; 0 without one",
     }
 )
 """What there is to see, with units. MLflow allows letters, digits and `_-./: ` in names."""
@@ -64,12 +66,22 @@ class Metrics:
         self._images_passed: Tensor | None = None
         self._updates = 0
         self._wait_seconds = 0.0
+        self._corrupt_samples = self._transferred_bytes = self._cached_bytes = 0
         self._paused_seconds = 0.0
         self._coefficients: Coefficients | None = None
         self._began = self._clock()
 
-    def add(self, result: StepResult, coefficients: Coefficients, wait_seconds: float) -> None:
-        """Counts one update, for whose batch this rank waited that long. Does not wait for the device."""
+    def add(
+        self,
+        result: StepResult,
+        coefficients: Coefficients,
+        wait_seconds: float,
+        *,
+        corrupt_samples: int = 0,
+        transferred_bytes: int = 0,
+        cached_bytes: int = 0,
+    ) -> None:
+        """Counts one update, and what reading its batch cost this rank. Does not wait for the device."""
         values = torch.stack(
             [
                 torch.ones_like(result.loss),
@@ -88,6 +100,9 @@ class Metrics:
         self._images_passed = images if self._images_passed is None else self._images_passed + images
         self._updates += 1
         self._wait_seconds += wait_seconds
+        self._corrupt_samples += corrupt_samples
+        self._transferred_bytes += transferred_bytes
+        self._cached_bytes += cached_bytes
         self._coefficients = coefficients
 
     @contextmanager
@@ -104,9 +119,12 @@ class Metrics:
         """
         assert self._sums is not None and self._images_passed is not None and self._coefficients is not None
         seconds = self._clock() - self._began - self._paused_seconds
-        mine = torch.tensor([self._updates, seconds, self._wait_seconds], dtype=torch.float64)
+        reading = [self._wait_seconds, self._corrupt_samples, self._transferred_bytes, self._cached_bytes]
+        mine = torch.tensor([self._updates, seconds, *reading], dtype=torch.float64)
         sums = torch.cat([mine.to(self._sums.device), self._images_passed[None], self._sums])
-        updates, seconds, waited, images_passed, *sums_over_ranks = self._worker.all_reduce(sums).tolist()
+        updates, seconds, waited, corrupt, transferred, cached, images_passed, *sums_over_ranks = (
+            self._worker.all_reduce(sums).tolist()
+        )
         world_size = self._worker.world_size
         metrics = {
             **self._means(sums_over_ranks),
@@ -119,6 +137,8 @@ class Metrics:
             "speed/seconds_per_step": seconds / updates,
             "data/wait_seconds": waited / world_size,
             "data/wait_fraction": _ratio(waited, seconds),
+            "data/corrupt_samples": corrupt,
+            "data/cached_fraction": cached / max(transferred + cached, 1.0),
         }
         self._begin()
         return metrics

@@ -204,7 +204,14 @@ def step(training: Training, state: TrainState, model: nn.Module, batch: Batch, 
         weights=batch.weights.to(worker.device, non_blocking=True),
         ema=state.ema,
     )
-    metrics.add(result, coefficients, batch.wait_seconds)
+    metrics.add(
+        result,
+        coefficients,
+        batch.wait_seconds,
+        corrupt_samples=batch.corrupt_samples,
+        transferred_bytes=batch.transferred_bytes,
+        cached_bytes=batch.cached_bytes,
+    )
     state.images_seen += batch.global_size
 
 

@@ -67,6 +67,8 @@ def test_training_lines_stand_below_each_other():
     )
     assert len(first) == len(last)
     assert first.index("bits/dim") == last.index("bits/dim")
+    told = training_line({"data/wait_fraction": 0.0312, "data/corrupt_samples": 2.0}, 160, 4800)
+    assert "  3% waiting for data" in told and told.endswith("2 corrupt samples skipped")
     assert "8m 08s left" in first and "0s left" in last and "1234.5 nats KL" in last
 
 
@@ -76,6 +78,8 @@ def test_the_line_of_an_evaluation_tells_the_bound_apart_from_the_estimate():
     line = "Validation at 4,800 images: 2.500 bits/dim, 900.0 nats NELBO, 100.0 of them KL"
     assert evaluation_line(scores, 4800) == line
     assert evaluation_line(weighted, 4800) == f"{line}; importance-weighted 2.250 bits/dim"
+    corrupt = scores | {"validation/corrupt_images": 3.0}
+    assert evaluation_line(corrupt, 4800) == f"{line}; 3 corrupt images left out"
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,7 @@ def first(batches: Iterator[Batch]) -> Batch:
 
 
 def loading_threads() -> list[str]:
-    return [t.name for t in threading.enumerate() if t.name.startswith(("fetch", "decode"))]
+    return [t.name for t in threading.enumerate() if t.name.startswith(("fetch", "decode", "plan"))]
 
 
 def assert_threads_end() -> None:

@@ -64,6 +64,7 @@ def test_scores_are_those_of_a_slow_loop_over_single_images(settings):
     nelbo = sum(reconstructions) / 28 + float(kl.sum())
     expected = {
         "validation/images": 7,
+        "validation/corrupt_images": 0,
         "validation/nelbo_nats": nelbo,
         "validation/bits_per_dim": nelbo / dimensions / math.log(2),
         "validation/reconstruction_nats": sum(reconstructions) / 28,
@@ -125,13 +126,13 @@ def test_three_ranks_with_unequal_shares_agree_on_the_scores_of_one(tmp_path: Pa
     assert scores[0] == pytest.approx(alone, rel=1e-6)
 
 
-def test_images_of_weight_zero_do_not_count():
+def test_images_of_weight_zero_are_counted_apart():
     model, config = tiny_model(), tiny_config()
     stored = tiny_images(6, config.model)
     readable = list(shares(stored[:4], 4))
     unreadable = Share(stored[4:], torch.arange(4, 6), torch.zeros(2))
     mixed = Share(stored, torch.arange(6), torch.tensor([1.0, 1, 1, 1, 0, 0]))
-    expected = evaluate(model, config, readable, CPU)
+    expected = evaluate(model, config, readable, CPU) | {"validation/corrupt_images": 2.0}
     assert evaluate(model, config, [*readable, unreadable], CPU) == expected
     assert evaluate(model, config, [mixed], CPU) == pytest.approx(expected)
 

@@ -75,7 +75,8 @@ def on_two_ranks(per_rank: list[list[StepResult]]) -> list[dict[str, float]]:
     def run(worker: ThreadWorker) -> None:
         metrics = Metrics(worker, CONFIG, clock=ticking().__next__)
         for result in per_rank[worker.rank]:
-            metrics.add(result, COEFFICIENTS, wait_seconds=0.25)
+            reading = {"corrupt_samples": 1 + worker.rank, "transferred_bytes": 10, "cached_bytes": 30}
+            metrics.add(result, COEFFICIENTS, wait_seconds=0.25, **reading)
         results[worker.rank] = metrics.reduce()
 
     threads = [threading.Thread(target=run, args=(worker,)) for worker in workers]
@@ -113,6 +114,8 @@ def test_every_number_of_an_interval_is_what_was_put_in() -> None:
             "speed/seconds_per_step": 0.5,
             "data/wait_seconds": 0.5,
             "data/wait_fraction": 0.5,
+            "data/corrupt_samples": 0.0,
+            "data/cached_fraction": 0.0,
         }
     )
 
@@ -146,6 +149,12 @@ def test_speed_counts_the_images_of_all_ranks_and_the_seconds_of_one() -> None:
     assert found["speed/seconds_per_step"] == pytest.approx(0.5)
     assert found["data/wait_seconds"] == pytest.approx(0.5)
     assert found["data/wait_fraction"] == pytest.approx(0.5)
+
+
+def test_corrupt_samples_and_cached_bytes_are_those_of_all_ranks() -> None:
+    found = on_two_ranks([[step()] * 2, [step()] * 2])[0]
+    assert found["data/corrupt_samples"] == 2 * (1 + 2)
+    assert found["data/cached_fraction"] == 0.75
 
 
 def test_a_skipped_update_is_counted_and_does_not_spoil_the_means() -> None:
