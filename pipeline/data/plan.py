@@ -104,8 +104,8 @@ class Stream:
 
     def __init__(self, samples_per_shard: Integers, *, lanes: int, window: int, seed: int) -> None:
         """`samples_per_shard` is (S,); at least one sample is needed."""
-        self._counts = samples_per_shard.astype(np.int64)
-        self.samples = int(self._counts.sum())
+        self.counts = samples_per_shard.astype(np.int64)
+        self.samples = int(self.counts.sum())
         self.lanes, self.window, self.seed = lanes, window, seed
         if self.samples < 1 or lanes < 1 or window < 1:
             raise ValueError(f"no stream over {self.samples} samples, {lanes} lanes, windows of {window}")
@@ -211,8 +211,8 @@ class Stream:
 
     def _epoch(self, epoch: int) -> _Epoch:
         if epoch not in self._epochs:
-            order = permutation(len(self._counts), self.seed, "shards", epoch)
-            starts = np.concatenate([[0], np.cumsum(self._counts[order])])
+            order = permutation(len(self.counts), self.seed, "shards", epoch)
+            starts = np.concatenate([[0], np.cumsum(self.counts[order])])
             cut = int(words(1, self.seed, "cut", epoch)[0] % np.uint64(self.samples))
             # The batch that ends an epoch begins the next; nobody goes back.
             for old in sorted(self._epochs)[:-1]:

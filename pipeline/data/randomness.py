@@ -38,4 +38,6 @@ def uniform(count: int, *key: int | str) -> NDArray[np.float64]:
 
 def permutation(count: int, *key: int | str) -> Integers:
     """A random order of 0 ... count - 1."""
+    if count < 2:
+        return np.arange(count, dtype=np.int64)
     return np.argsort(words(count, *key), kind="stable").astype(np.int64)
