@@ -1,7 +1,6 @@
 """`nvae shards`: data sets, as the command line shows them."""
 
 import time
-from collections import Counter
 from typing import Any
 
 from pipeline import storage
@@ -11,7 +10,7 @@ from pipeline.data.index import TRAIN, VALIDATION, Index
 from pipeline.data.survey import Progress
 from pipeline.progress import say
 
-_REJECTIONS_SHOWN = 10
+_REASONS_SHOWN = 10
 _PROGRESS_SECONDS = 5.0
 
 
@@ -22,10 +21,10 @@ def build(source: str, target: str, store: str | None, **options: Any) -> str:
     lines = []
     if report.already_there:
         lines.append("Already there, complete; nothing was written.")
+    lines += report.remarks
     if report.rejected:
-        reasons = Counter(rejection.reason for rejection in report.rejected)
         lines.append(f"Left out {len(report.rejected):,} of the source's files:")
-        lines += [f"  {count:,} x {reason}" for reason, count in reasons.most_common(_REJECTIONS_SHOWN)]
+        lines += [f"  {reason}" for reason in shards.reasons(report.rejected, _REASONS_SHOWN)]
         lines.append(f"  each of them: {storage.join(root, shards.REPORT_NAME)}")
     lines.append(_sentence(report.index))
     return "\n".join(lines)
@@ -45,15 +44,28 @@ def summary(root: str, store: str | None) -> dict[str, Any]:
 
 def _now_and_then() -> Progress:
     """Says how far the work is, every few seconds."""
+    begun: dict[str, tuple[float, int]] = {}
     last = time.monotonic()
 
     def progress(what: str, done: int, total: int) -> None:
         nonlocal last
-        if time.monotonic() - last > _PROGRESS_SECONDS:
-            last = time.monotonic()
-            say(f"{what}: {done:,} of {total:,}")
+        now = time.monotonic()
+        since, first = begun.setdefault(what, (now, done))
+        if now - last > _PROGRESS_SECONDS:
+            last = now
+            say(progress_line(what, done, total, (done - first) / (now - since) if now > since else 0.0))
 
     return progress
+
+
+def progress_line(what: str, done: int, total: int, per_second: float) -> str:
+    """How much is done, how fast, and what that leaves."""
+    line = f"{what}: {done:,} of {total:,}"
+    if per_second <= 0:
+        return line
+    minutes, seconds = divmod(round((total - done) / per_second), 60)
+    left = f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes}:{seconds:02d} min"
+    return f"{line}, {per_second:,.0f} a second, {left} left"
 
 
 def _sentence(index: Index) -> str:

@@ -34,6 +34,12 @@ def shards() -> None:
     type=click.FloatRange(0, 1, max_open=True),
     help="Share of the images that is kept for evaluation. [the source's own split, else 0.1]",
 )
+@click.option("--validation-count", type=click.IntRange(0), help="How many images are kept for evaluation.")
+@click.option(
+    "--validation-list",
+    metavar="FILE",
+    help="The images that are kept for evaluation: a name in each line, as the source has it.",
+)
 @click.option(
     "--crop",
     default="none",
@@ -42,19 +48,55 @@ def shards() -> None:
     "that are not square.",
 )
 @click.option("--channels", type=click.Choice([1, 3]), help="3 for colour, 1 for grey. [the source's own]")
+@click.option(
+    "--format",
+    "form",
+    default="original",
+    show_default=True,
+    type=click.Choice(["original", "png", "webp", "raw"]),
+    help="How images are stored, always without loss: original keeps files that fit as they are, else png. "
+    "webp is a third smaller than png; raw is two to four times larger and decodes fastest.",
+)
+@click.option(
+    "--bits",
+    default=8,
+    show_default=True,
+    type=click.IntRange(1, 8),
+    help="Upper bits of each colour to keep. 5 halves the size, for models with model.pixel_bits=5.",
+)
 @click.option("--shard-mib", default=32, show_default=True, type=click.IntRange(1), help="Size of a shard.")
 @click.option("--licence", help="A note on the images' licence, kept with the data set.")
+@click.option(
+    "--max-rejected",
+    default=0.01,
+    show_default=True,
+    type=click.FloatRange(0, 1),
+    help="Share of the images that may be unusable; above it the build stops. 1 leaves any number out.",
+)
+@click.option(
+    "--threads", type=click.IntRange(1), help="Images that are read or converted at a time. [all cores]"
+)
 @click.option("--if-missing", is_flag=True, help="Do nothing if TARGET already holds a complete data set.")
 @store_option
 def build(source: str, target: str, store: str | None, shard_mib: int, **options: Any) -> None:
     """Pack the images of SOURCE into shards below TARGET, a URL or store:NAME.
 
-    SOURCE is a folder, a .zip or .tar, MNIST's idx files, or portraits:COUNT for
-    procedural portraits. Images that cannot be used are listed and left out. A build that
-    was interrupted continues when the same command is run again.
+    \b
+    SOURCE is one of these, on this machine:
+      photos/ photos.zip photos.tar    image files, in folders or not
+      mnist/                           train-images-idx3-ubyte[.gz], t10k-...
+      cifar-10-batches-py/             or cifar-10-python.tar.gz
+      celeba64_lmdb/                   train.lmdb, validation.lmdb; LSUN's, too
+      celeba-tfr/                      GLOW's and StyleGAN's .tfrecords
+      ffhq/                            Hugging Face's train-*.parquet
+      portraits:512                    512 procedural portraits, drawn here
 
-    A folder, .zip or .tar with nothing but train/ and validation/ at its top is split like
-    that; so are MNIST's files. The images of any other source are split at random.
+    Folders train/ and validation/ at the top of a folder, .zip or .tar are its splits, as are
+    those of published data sets. Otherwise validation images are drawn by content, or listed;
+    copies of one image are never in both splits.
+
+    Images that cannot be used are listed and left out; if they are many, the build stops. A
+    build that was stopped continues when the same command is run again.
     """
     from cluster import data
 

@@ -14,10 +14,14 @@ Rules, in this order:
   it is antialiased, does not ring, and is what published results on FFHQ 256x256 used. A smaller
   one is refused: enlarged images hold less detail than their size promises.
 - The file's own bytes are kept if nothing of this changes a pixel and any reader decodes them
-  alike (8-bit PNG, JPEG, WebP); otherwise the image is stored as PNG, without loss.
+  alike (8-bit PNG, JPEG, WebP); otherwise the image is stored as PNG, without loss. Every image
+  can also be stored as PNG, lossless WebP or bare pixels (PPM, PGM): the pixels are the same.
+- A data set for models of few bits can leave the lower bits of each value out (as zeros): the
+  upper ones are all that such a model sees (nvae/pixels.py). That is done last.
 """
 
 import io
+import struct
 from dataclasses import dataclass
 from typing import Literal
 
@@ -29,6 +33,8 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 Pixels = NDArray[np.uint8]
 Box = tuple[int, int, int, int]
 Crop = Literal["none", "center"] | Box
+Format = Literal["original", "png", "webp", "raw"]
+FORMATS: tuple[Format, ...] = ("original", "png", "webp", "raw")
 
 MAX_PIXELS = 2**26
 MAX_FILE_BYTES = 2**28
@@ -37,6 +43,8 @@ _KEPT = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}
 _STORED = ("PNG", "JPEG", "WEBP", "PPM")
 # PNG's own scale of effort. Portraits take 8% more bytes than at 6, in less than half the time.
 _PNG_EFFORT = 4
+# WebP's two. The highest of both takes fifty times as long for 3% fewer bytes.
+_WEBP_METHOD, _WEBP_EFFORT = 3, 50
 
 # Our own limit is checked before Pillow decodes; its warning would come on top.
 Image.MAX_IMAGE_PIXELS = None
@@ -52,7 +60,7 @@ class StoredImage:
 
     data: bytes
     extension: str
-    """png, jpg or webp."""
+    """png, jpg, webp, ppm or pgm."""
 
 
 def parse_crop(text: str) -> Crop:
@@ -70,24 +78,33 @@ def parse_crop(text: str) -> Crop:
     return left, top, right, bottom
 
 
-def prepare(data: bytes | Pixels, image_size: int, channels: int, crop: Crop) -> StoredImage:
+def prepare(
+    data: bytes | Pixels,
+    image_size: int,
+    channels: int,
+    crop: Crop,
+    form: Format = "original",
+    bits: int = 8,
+) -> StoredImage:
     """The image in `data` (a file's content, or (H, W) or (H, W, C) pixels) as it is to be stored.
+
+    Of each value the upper `bits` are kept.
 
     Raises RejectedImageError with the reason if the rules above refuse it.
     """
     if isinstance(data, np.ndarray):
-        return StoredImage(_png(_fitted(Image.fromarray(data), image_size, channels, crop)), "png")
+        return _stored(_fitted(Image.fromarray(data), image_size, channels, crop), form, bits)
     try:
         with _opened(data, _READ) as image:
             fitted = _fitted(_upright(image), image_size, channels, crop)
-            if _is_kept(data, image, fitted):
+            if form == "original" and bits == 8 and _is_kept(data, image, fitted):
                 return StoredImage(data, _KEPT[image.format or ""])
-            return StoredImage(_png(fitted), "png")
+            return _stored(fitted, form, bits)
     except RejectedImageError:
         raise
     except UnidentifiedImageError as error:
         raise RejectedImageError("is no image, or of a format that is not read") from error
-    except (OSError, SyntaxError, ValueError, EOFError, OverflowError, MemoryError) as error:
+    except (OSError, SyntaxError, ValueError, EOFError, OverflowError, MemoryError, struct.error) as error:
         # Pillow's decoders report damage by any of these.
         raise RejectedImageError(f"is damaged ({error})") from error
 
@@ -185,10 +202,20 @@ def _is_kept(data: bytes, opened: Image.Image, fitted: Image.Image) -> bool:
     return opened.format in _KEPT and same and upright and opaque and not sixteen_bits
 
 
-def _png(image: Image.Image) -> bytes:
+def _stored(image: Image.Image, form: Format, bits: int) -> StoredImage:
+    """`image`, fitted, in the wanted format without loss."""
+    if bits < 8:
+        mask = 256 - (1 << (8 - bits))
+        image = image.point([value & mask for value in range(256)] * len(image.getbands()))
     buffer = io.BytesIO()
+    if form == "raw":
+        image.save(buffer, "PPM")
+        return StoredImage(buffer.getvalue(), "pgm" if image.mode == "L" else "ppm")
+    if form == "webp":
+        image.save(buffer, "WEBP", lossless=True, method=_WEBP_METHOD, quality=_WEBP_EFFORT)
+        return StoredImage(buffer.getvalue(), "webp")
     image.save(buffer, "PNG", compress_level=_PNG_EFFORT)
-    return buffer.getvalue()
+    return StoredImage(buffer.getvalue(), "png")
 
 
 def _mode(channels: int) -> str:

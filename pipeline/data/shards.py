@@ -9,33 +9,36 @@ and nothing reads it. The same images and arguments give the same shards on ever
 the source's path, which `index.json` notes, may differ.
 """
 
-import json
-from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline import local_files, storage
 from pipeline.data import images
-from pipeline.data.images import RejectedImageError, StoredImage
-from pipeline.data.index import (
-    INDEX_NAME,
-    TRAIN,
-    VALIDATION,
-    Index,
-    Shard,
-    ShardError,
-    load_index,
-    parse_shard,
+from pipeline.data.ahead import in_order
+from pipeline.data.images import Format, RejectedImageError, StoredImage
+from pipeline.data.index import INDEX_NAME, TRAIN, VALIDATION, Index, ShardError, load_index
+from pipeline.data.rejections import (
+    DEFAULT_MAX_REJECTED,
+    REPORT_NAME,
+    Rejection,
+    Tolerance,
+    read_report,
+    reasons,
+    write_report,
 )
-from pipeline.data.sources import SourceImage, normalize_source, open_source
-from pipeline.data.survey import Entry, Progress, Rejection, Survey, survey_source
+from pipeline.data.sources import normalize_source, open_source
+from pipeline.data.splits import read_choice
+from pipeline.data.survey import Entry, Progress, Survey, survey_source
 from pipeline.data.tars import TarBuilder
+from pipeline.data.unfinished import PROGRESS_NAME, Unfinished, begin
 from pipeline.data.verification import Problem, missing_shards, show, verify
 
 __all__ = [
+    "DEFAULT_MAX_REJECTED",
+    "REPORT_NAME",
     "BuildReport",
     "Index",
     "Problem",
@@ -45,14 +48,12 @@ __all__ = [
     "build",
     "load_index",
     "missing_shards",
+    "reasons",
     "show",
     "verify",
 ]
 
-PROGRESS_NAME = "building.json"
-REPORT_NAME = "rejected.json"
 DEFAULT_SHARD_BYTES = 32 * 2**20
-_AHEAD_PER_THREAD = 4
 
 
 @dataclass(frozen=True)
@@ -61,23 +62,10 @@ class BuildReport:
 
     index: Index
     rejected: tuple[Rejection, ...]
-    already_there: bool
+    remarks: tuple[str, ...] = ()
+    """What of the source was not read, and where the splits come from: sentences for people."""
+    already_there: bool = False
     """The data set was complete before; nothing was written."""
-
-
-@dataclass
-class _State:
-    """What an interrupted build has to remember."""
-
-    arguments: Mapping[str, Any]
-    fingerprint: str
-    shards: dict[str, list[Shard]] = field(default_factory=lambda: {TRAIN: [], VALIDATION: []})
-    consumed: dict[str, int] = field(default_factory=lambda: {TRAIN: 0, VALIDATION: 0})
-    """Entries of each split that are in a finished shard or were rejected before its end."""
-    rejected: list[Rejection] = field(default_factory=list)
-
-    def to_json(self) -> bytes:
-        return json.dumps(asdict(self), indent=1).encode()
 
 
 def build(
@@ -86,54 +74,69 @@ def build(
     *,
     image_size: int | None = None,
     validation_fraction: float | None = None,
+    validation_count: int | None = None,
+    validation_list: str | None = None,
     crop: str = "none",
     channels: int | None = None,
+    form: Format = "original",
+    bits: int = 8,
     licence: str | None = None,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
+    max_rejected: float = DEFAULT_MAX_REJECTED,
     if_missing: bool = False,
-    threads: int = 2,
+    threads: int | None = None,
     progress: Progress = lambda what, done, total: None,
 ) -> BuildReport:
     """Write the images of `source` as a data set to the folder `target`.
 
-    `image_size` and `channels` default to the source's own; `validation_fraction` to the
-    source's own split (MNIST's files, `train/` and `validation/` in a folder), or one tenth.
-    `crop` is `none`, `center` or LEFT,TOP,RIGHT,BOTTOM.
-    With `if_missing` a finished data set with these arguments is taken as it is, without a
-    look at the source.
+    `image_size` and `channels` default to the source's own. The validation split is the source's
+    own (published splits, folders train/ and validation/), a fraction, a number or the images
+    that a file lists; without any of these, one tenth. `crop` is `none`, `center` or
+    LEFT,TOP,RIGHT,BOTTOM. `form` and `bits` say how images are stored (images.py). `threads` defaults
+    to the cores of this machine. With `if_missing` a finished data set with these arguments is
+    taken as it is, without a look at the source.
 
-    Raises ShardError if an argument makes no sense, the source is empty or wholly rejected,
-    or another data set is in the way; StoreError if `target` cannot be written.
+    Raises ShardError if an argument makes no sense, the source is empty, wholly rejected or by more
+    than `max_rejected` of its images, or another data set is in the way; StoreError if
+    `target` cannot be written.
     """
     source, target = normalize_source(source), storage.normalize(target)
+    choice = read_choice(validation_fraction, validation_count, validation_list)
     arguments = {
         "source": storage.shown(source),
         "image_size": image_size,
-        "validation_fraction": validation_fraction,
+        **choice.arguments(),
         "crop": crop,
         "channels": channels,
+        "format": form,
+        "bits": bits,
         "licence": licence,
         "shard_bytes": shard_bytes,
     }
     _check_arguments(arguments)
+    threads = threads or os.cpu_count() or 1
     finished = _finished(target, arguments)
     if finished and if_missing:
-        return BuildReport(finished, _read_rejections(target), already_there=True)
+        return BuildReport(finished, read_report(target), already_there=True)
     with open_source(source, image_size) as opened:
-        size = image_size or opened.image_size
+        size, colours = image_size or opened.image_size, channels or opened.channels
         if size is None:
             raise ShardError(f"{storage.shown(source)}: say how large the images shall be: --image-size 256.")
+        _check_colours(form, colours)
         if not finished and storage.is_local(target):
             # Reading the source can take hours; a bucket has answered to the look at its index.
             local_files.check_writable(Path(target))
-        survey = survey_source(opened, validation_fraction, progress)
+        survey = survey_source(opened, choice, threads, progress)
         if finished:
             return _confirmed(finished, survey)
-        state = _begin(target, arguments, survey)
-        colours = channels or opened.channels
-        prepare = _Preparation(size, colours, images.parse_crop(crop))
+        tolerance = Tolerance(storage.shown(source), max_rejected, survey.images)
+        tolerance.add(survey.rejected)
+        tolerance.check()
+        state = begin(target, arguments, survey.fingerprint)
+        prepare = _Preparation(size, colours, images.parse_crop(crop), form, bits)
+        writer = _Writer(target, state, prepare, shard_bytes, threads, tolerance, progress)
         for split in (TRAIN, VALIDATION):
-            _write_split(target, split, survey, state, prepare, shard_bytes, threads, progress)
+            writer.write(split, survey.entries[split])
     index = Index(
         root=target,
         image_size=size,
@@ -145,21 +148,24 @@ def build(
         duplicates=survey.duplicates,
         splits={split: tuple(rows) for split, rows in state.shards.items()},
     )
-    return _finish(index, tuple(survey.rejected + state.rejected))
+    remarks = [f"Not read: {remark}." for remark in opened.remarks]
+    return _finish(index, tuple(survey.rejected + state.rejected), (*remarks, survey.origin))
 
 
 # --- before anything is written ---------------------------------------------------------------
 
 
 def _check_arguments(arguments: Mapping[str, Any]) -> None:
-    size, fraction, channels = (arguments[name] for name in ("image_size", "validation_fraction", "channels"))
+    size, channels, bits, form = (arguments[name] for name in ("image_size", "channels", "bits", "format"))
     problems = []
     if size is not None and not 4 <= size <= 4096:
         problems.append(f"image size {size} is not between 4 and 4096")
-    if fraction is not None and not 0 <= fraction < 1:
-        problems.append(f"validation fraction {fraction} is not in [0, 1)")
     if channels not in (None, 1, 3):
         problems.append(f"channels {channels} is neither 1 nor 3")
+    if form not in images.FORMATS:
+        problems.append(f"format {form} is none of {', '.join(images.FORMATS)}")
+    if not 1 <= bits <= 8:
+        problems.append(f"{bits} bits are not between 1 and 8")
     if arguments["shard_bytes"] < 1:
         problems.append("a shard needs at least one byte")
     try:
@@ -168,6 +174,11 @@ def _check_arguments(arguments: Mapping[str, Any]) -> None:
         problems.append(str(error))
     if problems:
         raise ShardError("; ".join(problems) + ".")
+
+
+def _check_colours(form: Format, channels: int) -> None:
+    if form == "webp" and channels == 1:
+        raise ShardError("WebP has no grey images: give --format png or raw, or --channels 3.")
 
 
 def _finished(target: str, arguments: Mapping[str, Any]) -> Index | None:
@@ -192,33 +203,7 @@ def _confirmed(index: Index, survey: Survey) -> BuildReport:
             f"{storage.shown(index.root)}: was built from {index.source} when that held other images. "
             f"Choose another target, or delete that folder first."
         )
-    return BuildReport(index, _read_rejections(index.root), already_there=True)
-
-
-def _begin(target: str, arguments: Mapping[str, Any], survey: Survey) -> _State:
-    """The state that an interrupted build left, or a new one."""
-    url = storage.join(target, PROGRESS_NAME)
-    state = _State(arguments, survey.fingerprint)
-    if not storage.exists(url):
-        storage.write_bytes(url, state.to_json())
-        return state
-    try:
-        left = json.loads(storage.read_text(url))
-        same = left["arguments"] == arguments and left["fingerprint"] == survey.fingerprint
-        left_shards = {split: [parse_shard(row) for row in rows] for split, rows in left["shards"].items()}
-        left_rejected = [Rejection(**row) for row in left["rejected"]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ShardError(f"{storage.shown(url)}: is damaged; delete that folder and build again.") from error
-    if not same:
-        raise ShardError(
-            f"{storage.shown(target)}: holds an unfinished build with other arguments or of other images. "
-            f"Choose another target, or delete that folder first."
-        )
-    sizes = storage.list_sizes(target)
-    for shard in [*left_shards[TRAIN], *left_shards[VALIDATION]]:
-        if sizes.get(shard.name) != shard.bytes or shard.sidecar_name not in sizes:
-            return state  # Someone tidied up; the recorded shards are built again.
-    return _State(arguments, survey.fingerprint, left_shards, dict(left["consumed"]), left_rejected)
+    return BuildReport(index, read_report(index.root), already_there=True)
 
 
 # --- writing ----------------------------------------------------------------------------------
@@ -229,87 +214,69 @@ class _Preparation:
     image_size: int
     channels: int
     crop: images.Crop
+    form: Format
+    bits: int
 
-    def __call__(self, image: SourceImage) -> StoredImage | Rejection:
+    def __call__(self, entry: Entry) -> StoredImage | Rejection:
         try:
-            return images.prepare(image.read(), self.image_size, self.channels, self.crop)
+            content = entry.image.read()
+            return images.prepare(content, self.image_size, self.channels, self.crop, self.form, self.bits)
         except RejectedImageError as error:
-            return Rejection(image.name, str(error))
+            return Rejection(entry.image.name, str(error))
 
 
-def _write_split(
-    target: str,
-    split: str,
-    survey: Survey,
-    state: _State,
-    prepare: _Preparation,
-    shard_bytes: int,
-    threads: int,
-    progress: Progress,
-) -> None:
-    entries = survey.entries[split]
-    tar = TarBuilder()
-    rejected: list[Rejection] = []
-    remaining = entries[state.consumed[split] :]
-    for number, (entry, result) in enumerate(
-        _prepared(remaining, prepare, threads), start=state.consumed[split] + 1
-    ):
-        if isinstance(result, Rejection):
-            rejected.append(result)
-        else:
-            tar.add(entry.key, result.extension, result.data)
-        if tar.size >= shard_bytes or number == len(entries):
-            _write_shard(target, split, tar, state, number, rejected)
-            tar, rejected = TarBuilder(), []
-        progress(f"writing {split}", number, len(entries))
+@dataclass
+class _Writer:
+    """Writes a data set's shards, one after the other."""
+
+    target: str
+    state: Unfinished
+    prepare: _Preparation
+    shard_bytes: int
+    threads: int
+    tolerance: Tolerance
+    progress: Progress
+
+    def __post_init__(self) -> None:
+        self.tolerance.add(self.state.rejected)
+        self.tolerance.check()
+
+    def write(self, split: str, entries: Sequence[Entry]) -> None:
+        """What of `entries` is not written yet. Raises ShardError if too many of them cannot be used."""
+        begun = self.state.consumed[split]
+        tar = TarBuilder()
+        rejected: list[Rejection] = []
+        results = in_order(self.prepare, entries[begun:], self.threads)
+        for number, (entry, result) in enumerate(results, start=begun + 1):
+            if isinstance(result, Rejection):
+                rejected.append(result)
+                self.tolerance.add([result])
+            else:
+                tar.add(entry.key, result.extension, result.data)
+            stopping = self.tolerance.is_exceeded and not len(tar)
+            if stopping or tar.size >= self.shard_bytes or number == len(entries):
+                self._write_shard(split, tar, number, rejected)
+                tar, rejected = TarBuilder(), []
+            self.tolerance.check()
+            self.progress(f"writing {split}", number, len(entries))
+
+    def _write_shard(self, split: str, tar: TarBuilder, consumed: int, rejected: list[Rejection]) -> None:
+        if len(tar):
+            finished = tar.finish(f"{split}-{len(self.state.shards[split]):06d}.tar")
+            storage.write_bytes(storage.join(self.target, finished.shard.name), finished.data)
+            storage.write_bytes(storage.join(self.target, finished.shard.sidecar_name), finished.sidecar)
+            self.state.shards[split].append(finished.shard)
+        self.state.consumed[split] = consumed
+        self.state.rejected += rejected
+        self.state.save(self.target)
 
 
-def _prepared(
-    entries: Sequence[Entry], prepare: _Preparation, threads: int
-) -> Iterator[tuple[Entry, StoredImage | Rejection]]:
-    """The entries with their images, in order, prepared a little ahead in threads."""
-    waiting: deque[tuple[Entry, Future[StoredImage | Rejection]]] = deque()
-    with ThreadPoolExecutor(threads, "prepare") as pool:
-        for entry in entries:
-            waiting.append((entry, pool.submit(prepare, entry.image)))
-            if len(waiting) >= threads * _AHEAD_PER_THREAD:
-                ready, future = waiting.popleft()
-                yield ready, future.result()
-        for ready, future in waiting:
-            yield ready, future.result()
-
-
-def _write_shard(
-    target: str, split: str, tar: TarBuilder, state: _State, consumed: int, rejected: list[Rejection]
-) -> None:
-    if len(tar):
-        finished = tar.finish(f"{split}-{len(state.shards[split]):06d}.tar")
-        storage.write_bytes(storage.join(target, finished.shard.name), finished.data)
-        storage.write_bytes(storage.join(target, finished.shard.sidecar_name), finished.sidecar)
-        state.shards[split].append(finished.shard)
-    state.consumed[split] = consumed
-    state.rejected += rejected
-    storage.write_bytes(storage.join(target, PROGRESS_NAME), state.to_json())
-
-
-def _finish(index: Index, rejected: tuple[Rejection, ...]) -> BuildReport:
+def _finish(index: Index, rejected: tuple[Rejection, ...], remarks: tuple[str, ...]) -> BuildReport:
     if not index.num_samples(TRAIN):
-        reasons = Counter(rejection.reason for rejection in rejected).most_common(3)
-        listed = "; ".join(f"{count} x {reason}" for reason, count in reasons)
+        listed = "; ".join(reasons(rejected)) or "all are for validation"
         storage.delete(storage.join(index.root, PROGRESS_NAME))
-        raise ShardError(f"{index.source}: not one image can be used ({listed or 'all are for validation'}).")
-    report = json.dumps([asdict(rejection) for rejection in rejected], indent=1).encode()
-    storage.write_bytes(storage.join(index.root, REPORT_NAME), report)
+        raise ShardError(f"{index.source}: not one image can be used ({listed}).")
+    write_report(index.root, rejected)
     storage.write_bytes(storage.join(index.root, INDEX_NAME), index.to_json())
     storage.delete(storage.join(index.root, PROGRESS_NAME))
-    return BuildReport(index, rejected, already_there=False)
-
-
-def _read_rejections(target: str) -> tuple[Rejection, ...]:
-    try:
-        rows = json.loads(storage.read_text(storage.join(target, REPORT_NAME)))
-        return tuple(Rejection(row["name"], row["reason"]) for row in rows)
-    except storage.MissingError:
-        return ()
-    except (ValueError, KeyError, TypeError) as error:
-        raise ShardError(f"{storage.shown(target)}/{REPORT_NAME}: is damaged; delete it.") from error
+    return BuildReport(index, rejected, remarks)

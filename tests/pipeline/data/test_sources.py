@@ -103,37 +103,6 @@ def test_mnist_brings_its_own_splits_and_size(tmp_path):
         assert_array_equal(source.images[3].read(), train[1])
 
 
-@pytest.mark.parametrize("prefix", ["", "./"])
-def test_train_and_validation_alone_at_the_top_are_the_splits(prefix, tmp_path):
-    files = ["train/a/x.png", "train/y.png", "validation/b/c/z.png"]
-    splits = {name: name.partition("/")[0] for name in files}
-    for extra in (None, "readme.txt", "test/w.png"):
-        folder = tmp_path / f"with {extra}".replace("/", "_")
-        names = [*files, extra] if extra else files
-        folder.mkdir()
-        with (
-            zipfile.ZipFile(folder / "all.zip", "w") as archive,
-            tarfile.open(folder / "all.tar", "w") as tar,
-        ):
-            for name in names:
-                path = folder / "in" / name
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(name.encode())
-                archive.write(path, name)
-                tar.add(path, prefix + name)
-        for spec in ("in", "all.zip", "all.tar"):
-            with open_source(str(folder / spec), None) as source:
-                found = {image.name.removeprefix("./"): image.split for image in source.images}
-            assert found == (dict.fromkeys(names) if extra else splits)
-
-
-def test_images_that_are_named_like_the_splits_make_none(tmp_path):
-    for name in ("train", "validation"):
-        (tmp_path / name).write_bytes(b"1")
-    with open_source(str(tmp_path), None) as source:
-        assert [image.split for image in source.images] == [None, None]
-
-
 def test_a_damaged_idx_file_is_refused(tmp_path):
     path = tmp_path / "train-images-idx3-ubyte"
     write_idx(path, np.zeros((2, 28, 28), np.uint8))
@@ -145,9 +114,9 @@ def test_a_damaged_idx_file_is_refused(tmp_path):
 def test_portraits_are_drawn_at_the_wanted_size_and_known_by_their_seed():
     with open_source("portraits:3@7", 32) as source:
         assert_array_equal(source.images[2].read(), portrait((7 << 32) + 2, 32))
-        digests = {image.digest() for image in source.images}
+        identities = {image.identity for image in source.images}
     with open_source("portraits:3@8", 32) as source:
-        assert digests.isdisjoint(image.digest() for image in source.images)
+        assert identities.isdisjoint(image.identity for image in source.images)
 
 
 @pytest.mark.parametrize(
