@@ -43,6 +43,7 @@ def evaluate(
     """Scores of a model on the validation split of `data`, by default its own data set."""
     loaded = load(model, tracking_uri(store, tracking))
     config = loaded.config
+    storage.configure(config.storage)
     root = stores.data_url(data or config.data.root, stores.locate(store))
     config = config.model_copy(update={"data": config.data.model_copy(update={"root": root})})
     index = load_index(root)

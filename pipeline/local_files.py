@@ -5,6 +5,7 @@ ever finds a part of it. What a killed writer leaves behind ends in `.partial` a
 listed.
 """
 
+import errno
 import os
 import shutil
 import uuid
@@ -23,6 +24,16 @@ def read(path: Path, start: int | None, end: int | None) -> bytes:
     with path.open("rb") as file:
         file.seek(start or 0)
         return file.read() if end is None else file.read(end - (start or 0))
+
+
+def size(path: Path) -> int:
+    """Bytes of a file. Raises MissingError if it is not there or is a folder."""
+    try:
+        if not path.is_file():
+            raise FileNotFoundError(errno.ENOENT, "no such file", str(path))
+        return path.stat().st_size
+    except OSError as error:
+        raise explain(error, str(path)) from error
 
 
 @contextmanager

@@ -60,6 +60,7 @@ def prepare(
     address of MLflow.
     """
     check_tracking_uri(tracking_uri)
+    storage.configure(config.storage)
     url = run_folder.folder(store_url, name)
     record = run_folder.read_record(url)
     config = settle(config, store_url, record)

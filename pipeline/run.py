@@ -164,6 +164,8 @@ def work(arguments: Mapping[str, Any], worker: Worker) -> dict[str, Any]:
     """
     spec = RunSpec(**arguments)
     config = config_file.from_mapping(spec.config)
+    # The driver has just read both: a store that is silent now is down, and may come back.
+    storage.configure(config.storage, reached=(spec.url, config.data.root))
     data = load_index(config.data.root)
     if data.content_hash != spec.data_hash:
         raise RunError(f"{config.data.root} was replaced by another data set after the run was begun.")

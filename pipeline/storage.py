@@ -1,32 +1,31 @@
 """Bytes in and out of any store: a local folder, an S3 bucket, Google Cloud Storage, a web server.
 
-Functions on URLs, no objects: a file system made by fsspec may neither be pickled nor be
-carried through a fork, so each process asks for its own, here, and keeps it to itself.
+Functions on URLs, no objects: what holds connections belongs to one process (buckets.py).
 Credentials, region, endpoint and certificate authority come from the environment that every
 S3 client understands (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_DEFAULT_REGION,
 AWS_ENDPOINT_URL_S3, AWS_CA_BUNDLE) and never from our configuration.
 
 A file is either there as a whole or not there: local files are written beside their place,
 synced and renamed; S3 shows an object only when it is complete. Every answer of a network is
-waited for with a limit, and what failed on the way is tried again with growing, jittered
-pauses. An endpoint that has answered before gets a minute to come back; one that never
-answered is probably misspelt, and the user learns that within seconds.
+waited for with a limit, what failed on the way is tried again (patience.py), and a read goes
+on from its last good byte (transfer.py). `configure` says how patient this process is.
 
 Local files go through the standard library, not fsspec, which cannot write atomically and
-sync. fsspec's caches of listings are off: another worker may have written meanwhile.
+sync.
 """
 
-import os
-import random
 import shutil
-import threading
-import time
-from collections.abc import Callable
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol
 
-from pipeline import local_files, web
-from pipeline.storage_errors import explain, is_final
+from pipeline import buckets, gs, limits, local_files, patience, s3, transfer, web
+from pipeline.config import StorageConfig
+from pipeline.limits import Statistics as Statistics
+from pipeline.limits import statistics as statistics
+from pipeline.patience import patiently
+from pipeline.storage_errors import explain
 from pipeline.urls import BUCKET_SCHEMES, WEB_SCHEMES, MissingError, StoreError
 from pipeline.urls import check_relative as check_relative
 from pipeline.urls import is_local as is_local
@@ -37,11 +36,14 @@ from pipeline.urls import shown as shown
 
 __all__ = [
     "MissingError",
+    "Statistics",
     "StoreError",
     "check_relative",
+    "configure",
     "delete",
     "download_file",
     "exists",
+    "for_ray",
     "is_local",
     "join",
     "list_dir",
@@ -52,20 +54,37 @@ __all__ = [
     "scheme",
     "shown",
     "size",
+    "statistics",
     "upload_file",
     "write_bytes",
 ]
 
-_Result = TypeVar("_Result")
 
-CONNECT_TIMEOUT_SECONDS = 5.0
-READ_TIMEOUT_SECONDS = 15.0
-OUTAGE_SECONDS = 60.0
-"""How long an endpoint that has answered before may be out of reach."""
-FIRST_CONTACT_SECONDS = 4.0
-"""How long an endpoint that has never answered is tried."""
-_FIRST_PAUSE_SECONDS = 0.2
-_LONGEST_PAUSE_SECONDS = 8.0
+def configure(settings: StorageConfig, reached: Iterable[str] = ()) -> None:
+    """Let `settings` hold for this process from its next request on.
+
+    `reached` are places whose store somebody else has reached for the same work, so that it
+    is known to be there: if it does not answer, it is down and not misspelt.
+    """
+    limits.set_limits(settings)
+    for url in reached:
+        patience.expect(normalize(url))
+
+
+class _Bucket(Protocol):
+    """What s3.py and gs.py can do."""
+
+    def open_object(self, url: str, start: int, end: int | None) -> transfer.Answer: ...
+    def size(self, url: str) -> int: ...
+    def exists(self, url: str) -> bool: ...
+    def entries(self, url: str) -> dict[str, int | None]: ...
+    def write(self, url: str, data: bytes) -> None: ...
+    def upload(self, local: Path, url: str) -> None: ...
+    def delete(self, url: str) -> None: ...
+    def delete_below(self, url: str) -> int: ...
+
+
+_BUCKETS: dict[str, _Bucket] = {"s3": s3, "gs": gs}
 
 
 # --- reading ----------------------------------------------------------------------------------
@@ -77,34 +96,27 @@ def read_bytes(url: str, start: int | None = None, end: int | None = None) -> by
     Raises MissingError if it is not there, StoreError if it cannot be read or ends before
     `end`.
     """
-    place = normalize(url)
-    wanted = None if end is None else max(end - (start or 0), 0)
-    if wanted == 0:
+    place, begin = normalize(url), start or 0
+    if end is not None and end <= begin:
         return b""
-
-    def read() -> bytes:
-        if is_local(place):
-            data = local_files.read(Path(place), start, end)
-        elif scheme(place) in WEB_SCHEMES:
-            data = web.read(place, start, end, READ_TIMEOUT_SECONDS)
-        else:
-            data = _read_object(place, start, end)
-        if wanted is not None and len(data) != wanted:
-            _refuse_short_file(place, (start or 0) + wanted)
-            raise ConnectionError(f"only {len(data)} of {wanted} bytes arrived")
-        return data
-
-    return _patiently(read, place)
-
-
-def _refuse_short_file(place: str, end: int) -> None:
-    """Tells a file that ends too early from a transfer that did."""
-    found = size(place)
-    if found < end:
+    if not is_local(place):
+        return transfer.read(place, _opener(place), begin, end)
+    try:
+        data = local_files.read(Path(place), start, end)
+    except OSError as error:
+        raise explain(error, place) from error
+    if end is not None and len(data) != end - begin:
         raise StoreError(
-            f"{shown(place)}: has {found} bytes, {end} at least were expected. It was cut short or replaced; "
-            f"write it again."
+            f"{shown(place)}: has {size(place)} bytes, {end} at least were expected. It was cut short or "
+            f"replaced; write it again."
         )
+    return data
+
+
+def _opener(place: str) -> transfer.Open:
+    if scheme(place) in WEB_SCHEMES:
+        return partial(web.open_file, place)
+    return partial(_BUCKETS[scheme(place)].open_object, place)
 
 
 def read_text(url: str) -> str:
@@ -120,11 +132,10 @@ def exists(url: str) -> bool:
     place = normalize(url)
     if is_local(place):
         return Path(place).exists()
+    if scheme(place) not in WEB_SCHEMES:
+        return patiently(lambda: _BUCKETS[scheme(place)].exists(place), place)
     try:
-        if scheme(place) in WEB_SCHEMES:
-            _patiently(lambda: web.size(place, READ_TIMEOUT_SECONDS), place)
-        else:
-            _patiently(lambda: _bucket_system(place).info(place), place)
+        size(place)
     except MissingError:
         return False
     return True
@@ -133,20 +144,11 @@ def exists(url: str) -> bool:
 def size(url: str) -> int:
     """Bytes of the file at `url`. Raises MissingError if there is no such file."""
     place = normalize(url)
-
-    def ask() -> int:
-        if is_local(place):
-            if not Path(place).is_file():
-                raise FileNotFoundError(place)
-            return Path(place).stat().st_size
-        if scheme(place) in WEB_SCHEMES:
-            return web.size(place, READ_TIMEOUT_SECONDS)
-        info = _bucket_system(place).info(place)
-        if info["type"] != "file":
-            raise FileNotFoundError(place)
-        return int(info["size"])
-
-    return _patiently(ask, place)
+    if is_local(place):
+        return local_files.size(Path(place))
+    if scheme(place) in WEB_SCHEMES:
+        return patiently(lambda: web.size(place), place)
+    return patiently(lambda: _BUCKETS[scheme(place)].size(place), place)
 
 
 def list_dir(url: str) -> list[str]:
@@ -163,14 +165,13 @@ def download_file(url: str, local: str | Path) -> None:
     """Copy a file to `local`, which appears only when complete. Raises like `read_bytes`."""
     place = normalize(url)
     with local_files.written_atomically(Path(local)) as temporary:
-        if is_local(place):
-            _patiently(lambda: shutil.copyfile(place, temporary), place)
-        elif scheme(place) in WEB_SCHEMES:
-            temporary.write_bytes(read_bytes(place))
-        else:
-            _patiently(lambda: _bucket_system(place).get_file(place, str(temporary)), place)
-            if temporary.stat().st_size != size(place):
-                raise StoreError(f"{shown(url)}: changed while it was downloaded; try again.")
+        if not is_local(place):
+            transfer.download(place, _opener(place), temporary)
+            return
+        try:
+            shutil.copyfile(place, temporary)
+        except FileNotFoundError as error:
+            raise explain(error, place) from error
 
 
 def _entries(url: str) -> dict[str, int | None]:
@@ -180,7 +181,7 @@ def _entries(url: str) -> dict[str, int | None]:
         raise StoreError(f"{shown(url)}: a web server cannot be listed; give the URL of a file.")
     if is_local(place):
         return local_files.entries(Path(place))
-    return _patiently(lambda: _list_objects(place), place)
+    return patiently(lambda: _BUCKETS[scheme(place)].entries(place), place)
 
 
 # --- writing ----------------------------------------------------------------------------------
@@ -196,7 +197,7 @@ def write_bytes(url: str, data: bytes) -> None:
         with local_files.written_atomically(Path(place)) as temporary:
             temporary.write_bytes(data)
     else:
-        _patiently(lambda: _bucket_system(place).pipe_file(place, data), place)
+        _BUCKETS[scheme(place)].write(place, data)
 
 
 def upload_file(local: str | Path, url: str) -> None:
@@ -206,7 +207,7 @@ def upload_file(local: str | Path, url: str) -> None:
         with local_files.written_atomically(Path(place)) as temporary:
             shutil.copyfile(local, temporary)
     else:
-        _patiently(lambda: _bucket_system(place).put_file(str(local), place), place)
+        _BUCKETS[scheme(place)].upload(Path(local), place)
 
 
 def delete(url: str, recursive: bool = False) -> None:
@@ -218,9 +219,10 @@ def delete(url: str, recursive: bool = False) -> None:
     if is_local(place):
         local_files.delete(Path(place), recursive)
         return
-    _patiently(lambda: _bucket_system(place).rm_file(place), place)
-    if recursive:
-        _delete_below(place)
+    bucket = _BUCKETS[scheme(place)]
+    bucket.delete(place)
+    if recursive and (left := bucket.delete_below(place)):
+        raise StoreError(f"{shown(url)}: {left} files could not be deleted; do you have the permission?")
 
 
 def _writable(url: str) -> str:
@@ -230,93 +232,6 @@ def _writable(url: str) -> str:
     if place == "/" or (scheme(place) in BUCKET_SCHEMES and "/" not in place.split("://", 1)[1]):
         raise StoreError(f"{shown(url)}: is a whole store, not a file or folder in it.")
     return place
-
-
-# --- buckets ----------------------------------------------------------------------------------
-
-_systems: dict[tuple[object, ...], Any] = {}
-_systems_lock = threading.Lock()
-_answered: set[tuple[object, ...]] = set()
-
-
-def _renew_lock() -> None:
-    global _systems_lock
-    _systems_lock = threading.Lock()
-
-
-# Another thread may hold the lock at the moment of a fork; nobody in the child would release it.
-os.register_at_fork(after_in_child=_renew_lock)
-
-
-def _environment(url: str) -> tuple[object, ...]:
-    """What decides which file system object serves `url`: process, scheme, credentials, endpoint."""
-    settings = sorted((name, value) for name, value in os.environ.items() if name.startswith("AWS_"))
-    return (os.getpid(), scheme(url), hash(tuple(settings)))
-
-
-def _bucket_system(url: str) -> Any:
-    """This process's fsspec file system for `url`; safe to use from any of its threads."""
-    key = _environment(url)
-    with _systems_lock:
-        if key not in _systems:
-            _systems[key] = _make_system(url)
-        return _systems[key]
-
-
-def _make_system(url: str) -> Any:
-    import fsspec
-
-    options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
-    if scheme(url) == "s3":
-        # The region stays out of client_kwargs: s3fs would send it along as a bucket's location.
-        # Checksums beyond the protocol's own break older and smaller S3 servers.
-        options["config_kwargs"] = {
-            "connect_timeout": CONNECT_TIMEOUT_SECONDS,
-            "read_timeout": READ_TIMEOUT_SECONDS,
-            "retries": {"total_max_attempts": 1, "mode": "standard"},
-            "max_pool_connections": 32,
-            "request_checksum_calculation": "when_required",
-            "response_checksum_validation": "when_required",
-        }
-    try:
-        return fsspec.url_to_fs(url, **options)[0]
-    except ImportError as error:
-        package = {"gs": "gcsfs", "s3": "s3fs"}[scheme(url)]
-        raise StoreError(
-            f"{shown(url)}: {scheme(url)}:// needs the package {package}: pip install {package}"
-        ) from error
-
-
-def _read_object(url: str, start: int | None, end: int | None) -> bytes:
-    # One request for a whole object; by default s3fs asks for its size first.
-    whole = {"max_concurrency": 1} if scheme(url) == "s3" else {}
-    data: bytes = _bucket_system(url).cat_file(url, start=start, end=end, **whole)
-    return data
-
-
-def _list_objects(url: str) -> dict[str, int | None]:
-    folder = url.split("://", 1)[1] + "/"
-    try:
-        listed = _bucket_system(url).ls(url, detail=True, refresh=True)
-    except FileNotFoundError as error:
-        if "NoSuchBucket" in repr(error.__cause__):
-            raise
-        return {}
-    found: dict[str, int | None] = {}
-    for entry in listed:
-        name = entry["name"].removeprefix(folder).rstrip("/")
-        if entry["name"].startswith(folder) and name:
-            found[name] = int(entry["size"]) if entry["type"] == "file" else None
-    return found
-
-
-def _delete_below(url: str) -> None:
-    for _ in range(3):
-        names = _patiently(lambda: list(_bucket_system(url).find(url)), url)
-        if not names:
-            return
-        _patiently(lambda names=names: _bucket_system(url).rm(names), url)  # type: ignore[misc]
-    raise StoreError(f"{shown(url)}: {len(names)} files could not be deleted; do you have the permission?")
 
 
 def for_ray(url: str) -> dict[str, Any]:
@@ -329,33 +244,5 @@ def for_ray(url: str) -> dict[str, Any]:
         return {"storage_path": place}
     from pyarrow.fs import FSSpecHandler, PyFileSystem
 
-    handler = FSSpecHandler(_make_system(place))
+    handler = FSSpecHandler(buckets.make_system(place))
     return {"storage_path": place.split("://", 1)[1], "storage_filesystem": PyFileSystem(handler)}
-
-
-# --- patience ---------------------------------------------------------------------------------
-
-
-def _patiently(action: Callable[[], _Result], url: str) -> _Result:
-    """`action()`, again after a pause while a network is at fault; errors explained."""
-    remote = not is_local(url)
-    endpoint = _environment(url) if remote else ()
-    started, pause = time.monotonic(), _FIRST_PAUSE_SECONDS
-    while True:
-        try:
-            result = action()
-        except StoreError:
-            raise
-        except Exception as error:
-            if not remote or is_final(error):
-                _answered.add(endpoint)
-                raise explain(error, url) from error
-            allowed = OUTAGE_SECONDS if endpoint in _answered else FIRST_CONTACT_SECONDS
-            if time.monotonic() - started + pause > allowed:
-                raise explain(error, url) from error
-        else:
-            _answered.add(endpoint)
-            return result
-        # Jitter keeps workers that failed together from coming back together.
-        time.sleep(pause * random.uniform(0.5, 1.0))
-        pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)

@@ -7,6 +7,8 @@ are named by their type and text, never swallowed.
 
 import errno
 import os
+from collections.abc import Iterator
+from urllib.error import HTTPError
 
 from pipeline.urls import MissingError, StoreError, scheme, shown
 
@@ -21,6 +23,7 @@ _BY_CODE = {
     "InvalidAccessKeyId": f"the store does not know the access key. {_CREDENTIALS}",
     "SignatureDoesNotMatch": f"the secret key does not fit the access key. {_CREDENTIALS}",
     "InvalidToken": f"the session token is not valid. {_CREDENTIALS}",
+    "RequestExpired": f"the credentials have expired. {_CREDENTIALS}",
     "ExpiredToken": f"the credentials have expired. {_CREDENTIALS}",
     "RequestTimeTooSkewed": "the clocks of this machine and of the store differ too much; set this one.",
     "AccessDenied": f"access is denied with the present credentials. {_CREDENTIALS}",
@@ -55,7 +58,48 @@ _BY_ERRNO = {
     errno.EMFILE: "too many files are open (see ulimit -n).",
 }
 _UNREACHABLE = ("EndpointConnectionError", "ConnectTimeoutError", "ClientConnectorError", "URLError")
-_TRUST = ("SSLError", "SSLCertVerificationError", "ClientConnectorCertificateError")
+# S3 answers these with a status that would else be final.
+_PASSING = {
+    "BandwidthLimitExceeded",
+    "IncompleteBody",
+    "InternalError",
+    "OperationAborted",
+    "RequestThrottled",
+    "RequestTimeout",
+    "ServiceUnavailable",
+    "SlowDown",
+    "Throttling",
+    "ThrottlingException",
+    "TooManyRequests",
+    "XAmzContentSHA256Mismatch",
+}
+_PASSING_STATUS = (408, 425, 429, 500, 502, 503, 504, 507, 509)
+_CREDENTIAL_CODES = {
+    "ExpiredToken",
+    "ExpiredTokenException",
+    "InvalidAccessKeyId",
+    "InvalidToken",
+    "RequestExpired",
+    "SignatureDoesNotMatch",
+    "TokenRefreshRequired",
+}
+_CREDENTIAL_TYPES = {
+    "CredentialRetrievalError",
+    "NoCredentialsError",
+    "PartialCredentialsError",
+    "TokenRetrievalError",
+}
+
+
+_SILENT = ("AioReadTimeoutError", "FSTimeoutError", "ReadTimeoutError", "TimeoutError")
+
+
+class BrokenError(OSError):
+    """An answer that broke off, or a connection that hardly moves."""
+
+
+class AnswerError(OSError):
+    """An answer that does not fit the request."""
 
 
 def is_final(error: BaseException) -> bool:
@@ -64,19 +108,55 @@ def is_final(error: BaseException) -> bool:
         return True
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
         return True
-    return _code(error) in _BY_CODE or type(error).__name__ in {*_BY_TYPE, *_TRUST}
+    if type(error).__name__ in _BY_TYPE or _is_distrust(error):
+        return True
+    code, status = code_of(error), _status(error)
+    if code in _PASSING or status in _PASSING_STATUS:
+        return False
+    return code in _BY_CODE or (status is not None and status >= 400)
+
+
+def about_credentials(error: BaseException) -> bool:
+    """Whether the store refused the credentials themselves; of good ones it means that they expired."""
+    return code_of(error) in _CREDENTIAL_CODES or type(error).__name__ in _CREDENTIAL_TYPES
+
+
+def may_hide_expiry(error: BaseException) -> bool:
+    """Whether this is a refusal without a reason: the answer to HEAD has no body to give one."""
+    return code_of(error) in ("400", "401", "403")
+
+
+def retry_after(error: BaseException) -> float | None:
+    """Seconds after which the store wants to be asked again, if it says so."""
+    for each in _causes(error):
+        response = getattr(each, "response", None)
+        headers = (
+            response.get("ResponseMetadata", {}).get("HTTPHeaders", {}) if isinstance(response, dict) else {}
+        )
+        said = headers.get("retry-after") or (
+            each.headers.get("Retry-After") if isinstance(each, HTTPError) else None
+        )
+        if said and said.isdecimal():
+            return float(said)
+    return None
+
+
+def _is_distrust(error: BaseException) -> bool:
+    """Whether a certificate was refused; other TLS errors are broken connections."""
+    # botocore and aiohttp wrap the standard library's error without making it a cause.
+    return any("CERTIFICATE_VERIFY_FAILED" in str(each) for each in _causes(error))
 
 
 def explain(error: BaseException, url: str) -> StoreError:
     """The StoreError that tells a user what `error` means for `url`."""
-    where, code, kind = shown(url), _code(error), type(error).__name__
+    where, code, kind = shown(url), code_of(error), type(error).__name__
     if code in _BY_CODE:
         return StoreError(f"{where}: {_BY_CODE[code]}")
     if isinstance(error, FileNotFoundError):
         return MissingError(f"{where}: is not there.")
     if kind in _BY_TYPE:
         return StoreError(f"{where}: {_BY_TYPE[kind]}")
-    if kind in _TRUST:
+    if _is_distrust(error):
         return StoreError(
             f"{where}: the server's certificate is not trusted. For a private certificate authority "
             f"set AWS_CA_BUNDLE (for https:// SSL_CERT_FILE) to its file."
@@ -87,6 +167,16 @@ def explain(error: BaseException, url: str) -> StoreError:
         return StoreError(f"{where}: access is denied with the present credentials. {_credentials_hint(url)}")
     if isinstance(error, OSError) and error.errno in _BY_ERRNO:
         return StoreError(f"{where}: {_BY_ERRNO[error.errno]}")
+    if isinstance(error, BrokenError):
+        return StoreError(f"{where}: the connection to {_endpoint(url)} keeps breaking: {error}.")
+    if isinstance(error, AnswerError):
+        return StoreError(f"{where}: the answers of {_endpoint(url)} do not fit what is asked: {error}.")
+    if kind in _SILENT:
+        return StoreError(f"{where}: {_endpoint(url)} does not answer in time. {_reachability_hint(url)}")
+    if code in _PASSING or _status(error) in _PASSING_STATUS:
+        return StoreError(
+            f"{where}: {_endpoint(url)} is overloaded or broken: it keeps answering {_said(error)}."
+        )
     return StoreError(f"{where}: {kind}: {shown(str(error)) or 'no further details'}")
 
 
@@ -99,16 +189,33 @@ def explain_write(error: BaseException, path: str) -> StoreError:
     return explain(error, path)
 
 
-def _code(error: BaseException) -> str | None:
+def code_of(error: BaseException) -> str | None:
     """The error code of S3's answer, from the exception or from what caused it."""
-    seen: BaseException | None = error
-    while seen is not None:
-        response = getattr(seen, "response", None)
+    for each in _causes(error):
+        response = getattr(each, "response", None)
         if isinstance(response, dict):
             code = response.get("Error", {}).get("Code")
             return None if code is None else str(code)
-        seen = seen.__cause__
     return None
+
+
+def _status(error: BaseException) -> int | None:
+    """The HTTP status of the answer, from the exception or from what caused it."""
+    for each in _causes(error):
+        response = getattr(each, "response", None)
+        if isinstance(response, dict):
+            status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+            return None if status is None else int(status)
+        if isinstance(each, HTTPError):
+            return each.code
+    return None
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    each: BaseException | None = error
+    while each is not None:
+        yield each
+        each = each.__cause__
 
 
 def _endpoint(url: str) -> str:
@@ -116,6 +223,11 @@ def _endpoint(url: str) -> str:
         return "the server"
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     return f"the S3 endpoint {shown(endpoint)}" if endpoint else "AWS S3"
+
+
+def _said(error: BaseException) -> str:
+    code, status = code_of(error), _status(error)
+    return " ".join(str(part) for part in (status, None if code == str(status) else code) if part)
 
 
 def _reachability_hint(url: str) -> str:

@@ -134,12 +134,12 @@ def _web_url(url: str, kind: str) -> str:
     host = urlsplit(url).hostname
     if not host or any(character.isspace() or ord(character) < 32 for character in url):
         raise StoreError(f"{shown(url)}: not a valid {kind} URL.")
-    if kind == "http" and not _is_loopback(host):
+    if kind == "http" and not is_loopback(host):
         raise StoreError(f"{shown(url)}: plain http is read from this machine only; use https.")
     return url.rstrip("/")
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -335,11 +335,13 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
 
     def _send(self, content: bytes) -> None:
-        wanted = self.headers.get("Range", "")
+        wanted, total = self.headers.get("Range", ""), len(content)
+        self.send_response(206 if wanted else 200)
         if wanted:
             first, last = wanted.removeprefix("bytes=").split("-")
             content = content[int(first) : int(last) + 1 if last else None]
-        self.send_response(206 if wanted else 200)
+            end = int(first) + len(content)
+            self.send_header("Content-Range", f"bytes {first}-{end - 1}/{total}")
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         if self.command == "GET":

@@ -1,0 +1,100 @@
+"""Trying again: back-off with full jitter, a deadline, credentials looked up anew.
+
+Every answer of a network is waited for with a limit, and what failed on the way is tried
+again after a pause drawn at random below a bound that doubles. A store that has answered
+before gets `storage.retry_seconds` to come back, counted from the last thing that went
+well; one that never answered is probably misspelt, and the user learns that within seconds.
+A definite answer (no such file, no permission) is final at once.
+"""
+
+import random
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from pipeline import buckets
+from pipeline.limits import count, limits
+from pipeline.storage_errors import about_credentials, explain, is_final, may_hide_expiry, retry_after
+from pipeline.urls import StoreError, is_local
+
+_Result = TypeVar("_Result")
+
+FIRST_CONTACT_SECONDS = 4.0
+"""How long a store that has never answered is tried."""
+FIRST_PAUSE_SECONDS = 0.2
+
+# Stores that answered, and those that accepted our credentials.
+_answered: set[tuple[object, ...]] = set()
+_accepted: set[tuple[object, ...]] = set()
+
+
+def expect(url: str) -> None:
+    """The store of `url` is known to be there: if it does not answer, it is down and not misspelt."""
+    _answered.add(buckets.environment(url))
+
+
+class Patience:
+    """The tries of one piece of work on one URL."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._store = buckets.environment(url)
+        self._tries = 0
+        self._since = time.monotonic()
+        self._renewed = False
+
+    def answered(self) -> None:
+        """The store gave what was asked for, or began to."""
+        _answered.add(self._store)
+        _accepted.add(self._store)
+
+    def progressed(self) -> None:
+        """Something went well: pauses begin short again and the deadline is moved."""
+        self.answered()
+        self._tries = 0
+        self._since = time.monotonic()
+
+    def bear(self, error: Exception) -> None:
+        """Sleep until the next try. Raises the StoreError that explains `error` if there is to be none."""
+        if isinstance(error, StoreError):
+            raise error
+        if is_local(self._url) or not self._is_worth_another_try(error):
+            _answered.add(self._store)
+            raise explain(error, self._url) from error
+        bound = min(FIRST_PAUSE_SECONDS * 2**self._tries, limits().longest_pause_seconds)
+        # Jitter keeps workers that failed together from coming back together.
+        pause = max(random.uniform(0, bound), retry_after(error) or 0.0)
+        known = self._store in _answered
+        allowed = limits().retry_seconds if known else min(FIRST_CONTACT_SECONDS, limits().retry_seconds)
+        if time.monotonic() - self._since + pause > allowed:
+            raise explain(error, self._url) from error
+        time.sleep(pause)
+        self._tries += 1
+        count(retries=1, paused_seconds=pause)
+
+    def _is_worth_another_try(self, error: Exception) -> bool:
+        if self._store in _accepted:
+            if about_credentials(error):
+                buckets.renew(self._url)
+                return True
+            if may_hide_expiry(error) and not self._renewed:
+                self._renewed = True
+                buckets.renew(self._url)
+                return True
+        return not is_final(error)
+
+
+def patiently(action: Callable[[], _Result], url: str) -> _Result:
+    """`action()`, again after a pause while a network is at fault.
+
+    Raises the StoreError that explains what is at fault when patience ends.
+    """
+    patience = Patience(url)
+    while True:
+        try:
+            result = action()
+        except Exception as error:
+            patience.bear(error)
+        else:
+            patience.progressed()
+            return result

@@ -1,0 +1,225 @@
+"""Requests to S3, through the client that s3fs holds: each is small enough to be tried again.
+
+s3fs's own functions on files are not used. They begin a broken read from nothing, ask for
+sizes that the answer states anyway, lose a listing of a thousand pages with one of them and
+wait without limit for a server that stops taking an upload. Here each page, part and read
+is a request of its own, under our patience.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from pipeline.buckets import system
+from pipeline.limits import limits
+from pipeline.patience import patiently
+from pipeline.storage_errors import code_of
+from pipeline.transfer import Answer, described
+
+_BLOCK_BYTES = 4 << 20
+_CHUNK_BYTES = 1 << 20
+PART_BYTES = 16 << 20
+"""Files from twice this size on are uploaded in parts."""
+_MOST_PARTS = 10_000
+_PARTS_AT_ONCE = 4
+_SLOWEST_UPLOAD_BYTES_PER_SECOND = 64 << 10
+_KEYS_PER_DELETION = 1000
+
+
+def _place(url: str) -> tuple[str, str]:
+    bucket, _, key = url.removeprefix("s3://").partition("/")
+    return bucket, key
+
+
+def _ask(url: str, method: str, body_bytes: int = 0, **arguments: Any) -> Any:
+    """One request, no second try. The limit is for what the client's own time-outs do not see."""
+    now = limits()
+    upload_seconds = body_bytes / _SLOWEST_UPLOAD_BYTES_PER_SECOND
+    # Waiting for one of the connections counts, too: others may use them for an answer each.
+    limit = 2 * (now.connect_timeout_seconds + now.read_timeout_seconds) + upload_seconds
+    return system(url).call_s3(method, timeout=limit, Bucket=_place(url)[0], **arguments)
+
+
+# --- reading ----------------------------------------------------------------------------------
+
+
+def open_object(url: str, start: int, end: int | None) -> Answer:
+    """Ask for the bytes [start, end) of an object, or for all from `start` on."""
+    part: dict[str, Any] = (
+        {} if start == 0 and end is None else {"Range": f"bytes={start}-{'' if end is None else end - 1}"}
+    )
+    response = _ask(url, "get_object", Key=_place(url)[1], **part)
+    about, body, loop = response["ResponseMetadata"], response["Body"], system(url).loop
+
+    def close() -> None:
+        # A connection belongs to its loop's thread.
+        loop.call_soon_threadsafe(body.close)
+
+    return described(about["HTTPStatusCode"], about["HTTPHeaders"], _blocks(loop, body), close)
+
+
+def _blocks(loop: Any, body: Any) -> Iterator[bytes]:
+    """The bytes of an answer as they come, those that came before an error included."""
+    from fsspec.asyn import sync
+
+    patience_seconds = limits().read_timeout_seconds
+
+    async def fill(pieces: list[bytes]) -> bool:
+        """Take a block, or what comes within one time-out; whether there may be more."""
+        give_back, taken = loop.time() + patience_seconds, 0
+        while taken < _BLOCK_BYTES and loop.time() < give_back:
+            piece = await body.read(_CHUNK_BYTES)
+            if not piece:
+                return False
+            pieces.append(piece)
+            taken += len(piece)
+        return True
+
+    more = True
+    while more:
+        pieces: list[bytes] = []
+        try:
+            more = sync(loop, fill, pieces)
+        finally:
+            if pieces:
+                yield b"".join(pieces)
+
+
+def size(url: str) -> int:
+    """Bytes of an object. Raises FileNotFoundError, also for a folder."""
+    return int(_ask(url, "head_object", Key=_place(url)[1])["ContentLength"])
+
+
+def exists(url: str) -> bool:
+    """Whether there is an object `url`, or one below it. Raises if there is no such bucket."""
+    key = _place(url)[1]
+    try:
+        if key:
+            size(url)
+            return True
+    except FileNotFoundError:
+        pass  # A folder, perhaps; and only a listing's answer tells a missing bucket.
+    page = _ask(url, "list_objects_v2", Prefix=f"{key}/" if key else "", MaxKeys=1)
+    return not key or bool(page.get("Contents"))
+
+
+def entries(url: str) -> dict[str, int | None]:
+    """Size of each object directly in the folder `url` by name; None for folders."""
+    found: dict[str, int | None] = {}
+    prefix = _prefix(url)
+    for page in _pages(url, Delimiter="/"):
+        found |= {each["Prefix"].removeprefix(prefix)[:-1]: None for each in page.get("CommonPrefixes", [])}
+        found |= {each["Key"].removeprefix(prefix): int(each["Size"]) for each in page.get("Contents", [])}
+    found.pop("", None)  # Some clients write an object that stands for the folder itself.
+    return found
+
+
+def _prefix(url: str) -> str:
+    key = _place(url)[1]
+    return f"{key}/" if key else ""
+
+
+def _pages(url: str, **arguments: Any) -> Iterator[dict[str, Any]]:
+    while True:
+        page: dict[str, Any] = patiently(
+            lambda: _ask(url, "list_objects_v2", Prefix=_prefix(url), **arguments), url
+        )
+        yield page
+        if not page.get("IsTruncated"):
+            return
+        arguments["ContinuationToken"] = page["NextContinuationToken"]
+
+
+# --- writing ----------------------------------------------------------------------------------
+
+
+def write(url: str, data: bytes) -> None:
+    """Put an object of these bytes, under our patience."""
+    view = memoryview(data)
+    _put(url, len(data), lambda start, stop: bytes(view[start:stop]))
+
+
+def upload(local: Path, url: str) -> None:
+    """Put a local file, under our patience; a few parts of it at a time are in memory."""
+
+    def part(start: int, stop: int) -> bytes:
+        with local.open("rb") as file:
+            file.seek(start)
+            return file.read(stop - start)
+
+    _put(url, local.stat().st_size, part)
+
+
+def _put(url: str, total: int, part: Callable[[int, int], bytes]) -> None:
+    if total < 2 * PART_BYTES:
+        data = part(0, total)
+        patiently(lambda: _ask(url, "put_object", len(data), Key=_place(url)[1], Body=data), url)
+        return
+    key = _place(url)[1]
+    upload_id = patiently(lambda: _ask(url, "create_multipart_upload", Key=key), url)["UploadId"]
+    try:
+        parts = _put_parts(url, upload_id, total, part)
+        _complete(url, upload_id, parts, total)
+    except BaseException:
+        patiently(lambda: _ask(url, "abort_multipart_upload", Key=key, UploadId=upload_id), url)
+        raise
+
+
+def _put_parts(
+    url: str, upload_id: str, total: int, part: Callable[[int, int], bytes]
+) -> list[dict[str, Any]]:
+    length = max(PART_BYTES, math.ceil(total / _MOST_PARTS))
+
+    def put(number: int) -> dict[str, Any]:
+        data = part((number - 1) * length, min(number * length, total))
+        arguments = {"Key": _place(url)[1], "UploadId": upload_id, "PartNumber": number, "Body": data}
+        answer = patiently(lambda: _ask(url, "upload_part", len(data), **arguments), url)
+        return {"PartNumber": number, "ETag": answer["ETag"]}
+
+    numbers = range(1, math.ceil(total / length) + 1)
+    with ThreadPoolExecutor(_PARTS_AT_ONCE, thread_name_prefix="upload") as pool:
+        futures = [pool.submit(put, number) for number in numbers]
+        try:
+            return [future.result() for future in futures]
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+def _complete(url: str, upload_id: str, parts: Sequence[dict[str, Any]], total: int) -> None:
+    key = _place(url)[1]
+
+    def complete() -> None:
+        try:
+            _ask(
+                url,
+                "complete_multipart_upload",
+                Key=key,
+                UploadId=upload_id,
+                MultipartUpload={"Parts": list(parts)},
+            )
+        except FileNotFoundError as error:
+            # The answer to an earlier try was lost: the upload is gone because it is complete.
+            if code_of(error) != "NoSuchUpload" or size(url) != total:
+                raise
+
+    patiently(complete, url)
+
+
+def delete(url: str) -> None:
+    """Delete one object. Nothing there: no error."""
+    patiently(lambda: _ask(url, "delete_object", Key=_place(url)[1]), url)
+
+
+def delete_below(url: str) -> int:
+    """Delete the objects below a folder; returns how many the store refused to delete."""
+    refused = 0
+    keys = [each["Key"] for page in _pages(url) for each in page.get("Contents", [])]
+    for start in range(0, len(keys), _KEYS_PER_DELETION):
+        objects = [{"Key": key} for key in keys[start : start + _KEYS_PER_DELETION]]
+        arguments: dict[str, Any] = {"Delete": {"Objects": objects, "Quiet": True}}
+        answer = patiently(lambda: _ask(url, "delete_objects", **arguments), url)  # noqa: B023
+        refused += len(answer.get("Errors", []))
+    return refused
