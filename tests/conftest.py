@@ -3,6 +3,7 @@
 What costs seconds is made once, when a test first asks for it.
 """
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 
 from pipeline.data import shards
 from tests import s3_server
+from tests.fault_proxy import FaultProxy
 from tests.tiny_run import IMAGES, YAML, Home
 
 # For tiny models: on a busy machine several threads wait for each other most of the time.
@@ -54,3 +56,20 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             environment.setenv(name, value)
         s3_server.make_bucket(BUCKET)
         yield f"s3://{BUCKET}"
+
+
+@pytest.fixture(scope="session")
+def _shared_proxy(s3: str) -> Iterator[FaultProxy]:
+    with FaultProxy(os.environ["AWS_ENDPOINT_URL_S3"]) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def fault_proxy(_shared_proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> FaultProxy:
+    """A proxy in front of the S3 server, without any rule yet, to which AWS_ENDPOINT_URL_S3 leads.
+
+    Its address is the same for all tests, so that they share one client.
+    """
+    _shared_proxy.reset()
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", _shared_proxy.url)
+    return _shared_proxy
