@@ -1,11 +1,12 @@
 """`nvae shards`: data sets, as the command line shows them."""
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from pipeline import storage
 from pipeline import store as stores
-from pipeline.data import shards, verification
+from pipeline.data import indexing, shards, verification
 from pipeline.data.index import TRAIN, VALIDATION, Index
 from pipeline.data.survey import Progress
 from pipeline.progress import say
@@ -27,6 +28,24 @@ def build(source: str, target: str, store: str | None, **options: Any) -> str:
         lines += [f"  {reason}" for reason in shards.reasons(report.rejected, _REASONS_SHOWN)]
         lines.append(f"  each of them: {storage.join(root, shards.REPORT_NAME)}")
     lines.append(_sentence(report.index))
+    return "\n".join(lines)
+
+
+def index(urls: Sequence[str], store: str | None, **options: Any) -> str:
+    """Index others' tars with the options of `indexing.index_tars`; returns what to tell the user."""
+    located = [
+        stores.data_url(url, stores.locate(store)) if url.startswith("store:") else url for url in urls
+    ]
+    report = indexing.index_tars(located, progress=_now_and_then(), **options)
+    index = report.index
+    lines = []
+    if report.already_there:
+        lines.append("Already there, complete; nothing was written.")
+    if index.rejected:
+        lines.append(f"Left out {index.rejected:,} of the tars' samples:")
+        lines += [f"  {reason}" for reason in shards.reasons(report.rejected, _REASONS_SHOWN)]
+        lines.append(f"  each of them: {storage.shown(storage.join(index.root, shards.REPORT_NAME))}")
+    lines.append(_sentence(index))
     return "\n".join(lines)
 
 

@@ -103,6 +103,54 @@ def build(source: str, target: str, store: str | None, shard_mib: int, **options
     click.echo(data.build(source, target, store, shard_bytes=shard_mib << 20, **options))
 
 
+@shards.command("index")
+@click.argument("urls", metavar="URL...", nargs=-1, required=True)
+@click.option(
+    "--image-size", type=click.IntRange(4, 4096), help="Height and width in pixels. [the first images']"
+)
+@click.option("--channels", type=click.Choice([1, 3]), help="3 for colour, 1 for grey. [the first images']")
+@click.option(
+    "--validation-fraction",
+    type=click.FloatRange(0, 1, max_open=True),
+    help="Share of the tars that is kept for evaluation. [folders train/ and validation/, else 0.1]",
+)
+@click.option(
+    "--validation",
+    metavar="TAR",
+    multiple=True,
+    help="A tar that is kept for evaluation, as it lies below the common folder; may be repeated.",
+)
+@click.option("--licence", help="A note on the images' licence, kept with the data set.")
+@click.option(
+    "--max-rejected",
+    default=0.01,
+    show_default=True,
+    type=click.FloatRange(0, 1),
+    help="Share of the samples that may be unusable; above it there is no index. 1 leaves any number out.",
+)
+@click.option("--threads", default=4, show_default=True, type=click.IntRange(1), help="Tars read at a time.")
+@store_option
+def index_tars(urls: Sequence[str], store: str | None, **options: Any) -> None:
+    """Make a data set of WebDataset tars that are already there, without copying them.
+
+    \b
+    URL... is one folder with tars, or tars below one folder:
+      s3://bucket/laion                what webdataset's ShardWriter, img2dataset or tar wrote
+      's3://bucket/t-{000..069}.tar'   numbers in braces count
+      t-0.tar t-1.tar                  tars of this machine
+
+    Every tar is read once and every image decoded. An index and a sidecar for each tar are
+    written beside the tars, which stay as they are; so the folder must be writable. Images must
+    have one size; of others, `nvae shards build` makes a data set.
+
+    A split takes whole tars. A training image that a validation tar holds, too, is left out.
+    An indexing that was stopped continues when the same command is run again.
+    """
+    from cluster import data
+
+    click.echo(data.index(urls, store, **options))
+
+
 @shards.command()
 @click.argument("root")
 @click.option("--decode/--no-decode", default=True, help="Whether to decode every image, too. [yes]")

@@ -213,8 +213,8 @@ def _parse_index(root: str, fields: Mapping[str, Any]) -> Index:
         root=root,
         image_size=_whole_number(fields, "image_size", 1, MAX_IMAGE_SIZE),
         channels=_whole_number(fields, "channels", 1, 3),
-        source=_printable(fields["source"]),
-        licence=None if fields["licence"] is None else _printable(fields["licence"]),
+        source=printable(fields["source"]),
+        licence=None if fields["licence"] is None else printable(fields["licence"]),
         arguments=dict(fields["arguments"]),
         rejected=_whole_number(fields, "rejected", 0),
         duplicates=_whole_number(fields, "duplicates", 0),
@@ -278,14 +278,14 @@ def _digest(fields: Mapping[str, Any], name: str) -> str:
     return value
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """The text without what would steer a terminal."""
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(text))
 
 
 def _shortly(value: object) -> str:
     """The value for a message, however long it is and whatever it holds."""
-    text = _printable(value) if isinstance(value, str) else repr(value)
+    text = printable(value) if isinstance(value, str) else repr(value)
     return text if len(text) <= _LONGEST_SHOWN else text[:_LONGEST_SHOWN] + "..."
 
 

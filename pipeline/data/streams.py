@@ -18,7 +18,8 @@ class ShardStream:
         """Raises MissingError or StoreError if there is no such file."""
         self.bytes = storage.size(url)
         self._url = url
-        self._fetched = 0
+        self.fetched = 0
+        """How many of them have been asked for so far."""
         self._piece = memoryview(b"")
         self._digest = hashlib.sha256()
 
@@ -28,7 +29,7 @@ class ShardStream:
             return self._from_piece(count)
         parts = [self._from_piece(len(self._piece))]
         missing = count - len(parts[0])
-        while missing and self._fetched < self.bytes:
+        while missing and self.fetched < self.bytes:
             self._fetch()
             parts.append(self._from_piece(missing))
             missing -= len(parts[-1])
@@ -36,7 +37,7 @@ class ShardStream:
 
     def sha256(self) -> str:
         """Of the whole file, in hexadecimal; what was not read yet is fetched for it."""
-        while self._fetched < self.bytes:
+        while self.fetched < self.bytes:
             self._fetch()
         self._piece = memoryview(b"")
         return self._digest.hexdigest()
@@ -47,7 +48,7 @@ class ShardStream:
         return data
 
     def _fetch(self) -> None:
-        end = min(self._fetched + PIECE_BYTES, self.bytes)
-        data = storage.read_bytes(self._url, self._fetched, end)
+        end = min(self.fetched + PIECE_BYTES, self.bytes)
+        data = storage.read_bytes(self._url, self.fetched, end)
         self._digest.update(data)
-        self._fetched, self._piece = end, memoryview(data)
+        self.fetched, self._piece = end, memoryview(data)
