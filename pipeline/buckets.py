@@ -19,7 +19,7 @@ from pipeline.limits import count, limits
 from pipeline.urls import StoreError, scheme, shown
 
 CONNECTIONS = 32
-_BETWEEN_RENEWALS_SECONDS = 2.0
+_BETWEEN_RENEWALS_SECONDS = 1.0
 
 _Key = tuple[object, ...]
 _systems: dict[_Key, Any] = {}
@@ -64,14 +64,17 @@ def system(url: str) -> Any:
         return _systems[key]
 
 
-def renew(url: str) -> None:
-    """Look the credentials for `url` up anew, unless somebody has just done so."""
+def renew(url: str) -> bool:
+    """Look the credentials for `url` up anew; False if that was done a moment ago."""
     key = _key(url)
     with _lock:
-        if key in _systems and time.monotonic() - _made[key] > _BETWEEN_RENEWALS_SECONDS:
+        if key in _systems:
+            if time.monotonic() - _made[key] < _BETWEEN_RENEWALS_SECONDS:
+                return False
             # Requests of other threads that are under way keep the old one until they end.
             del _systems[key]
             count(renewals=1)
+    return True
 
 
 def make_system(url: str) -> Any:

@@ -78,8 +78,7 @@ class Patience:
                 buckets.renew(self._url)
                 return True
             if may_hide_expiry(error) and not self._renewed:
-                self._renewed = True
-                buckets.renew(self._url)
+                self._renewed = buckets.renew(self._url)
                 return True
         return not is_final(error)
 

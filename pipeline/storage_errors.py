@@ -113,7 +113,7 @@ def is_final(error: BaseException) -> bool:
     code, status = code_of(error), _status(error)
     if code in _PASSING or status in _PASSING_STATUS:
         return False
-    return code in _BY_CODE or (status is not None and status >= 400)
+    return code in _BY_CODE or (status is not None and status >= 300)
 
 
 def about_credentials(error: BaseException) -> bool:

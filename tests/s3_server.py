@@ -25,6 +25,8 @@ from pathlib import Path
 PROGRAM = Path(__file__).resolve()
 PYTHON = PROGRAM.parents[1] / ".venv-s3/bin/python"
 ACCESS_KEY, SECRET_KEY = "tests:user", "not-a-secret"
+SECOND_ACCESS_KEY = "tests:second"
+"""Another user of the same objects, with the same secret."""
 DAEMONS = ("account", "container", "object")
 
 SWIFT_CONF = """
@@ -71,6 +73,7 @@ check_bucket_owner = false
 [filter:tempauth]
 use = egg:swift#tempauth
 user_{account}_{user_name} = {secret} .admin
+user_{account}_second = {secret} .admin
 [filter:catch_errors]
 use = egg:swift#catch_errors
 [filter:cache]
