@@ -86,9 +86,10 @@ def _single_file(span: bytes, key: str) -> bytes | None:
     if not begins_plainly or span[345:500].strip(b"\0"):
         return None
     stem, _, extension = name.decode("ascii", "replace").rpartition(".")
-    # webdataset ends a key at the first dot, and keeps names with underscores for itself.
+    # webdataset ends a key at the first dot, and keeps some names with underscores for itself.
     file_name = key.rpartition("/")[2]
-    if stem != key or extension not in IMAGE_EXTENSIONS or "." in file_name or "__" in key or not file_name:
+    is_plain_key = stem == key and file_name and "." not in file_name and not key.startswith("__")
+    if not is_plain_key or extension not in IMAGE_EXTENSIONS:
         return None
     size, checksum = _octal(span[124:136]), _octal(span[148:156])
     end = tarfile.BLOCKSIZE + size

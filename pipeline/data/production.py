@@ -11,13 +11,14 @@ have to carry a store's client through a fork.
 Memory besides the reader's: `prefetch_batches` + 1 batches of pixels.
 """
 
+import weakref
 from collections import deque
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from queue import SimpleQueue
-from threading import Thread
+from threading import Event, Lock, Thread
 
 import torch
 from torch import Tensor
@@ -50,32 +51,39 @@ class Task:
     global_size: int
 
 
-@dataclass(frozen=True)
 class MadeBatch:
     """A batch in the making; the decoding threads write their images into it."""
 
-    task: Task
-    images: Tensor
-    """(b, C, H, W) uint8; zeros where a sample was lost."""
-    keys: list[str]
-    lost: dict[int, CorruptSampleError] = field(default_factory=dict)
-    """What could not be had, by row."""
-    _decided: SimpleQueue[tuple[int, str | Exception]] = field(default_factory=SimpleQueue)
+    def __init__(self, task: Task, images: Tensor) -> None:
+        self.task = task
+        self.images = images
+        """(b, C, H, W) uint8; zeros where a sample was lost."""
+        self.keys = [""] * len(images)
+        self.lost: dict[int, CorruptSampleError] = {}
+        """What could not be had, by row."""
+        self._error: Exception | None = None
+        self._undecided = len(images)
+        self._lock, self._is_over = Lock(), Event()
 
     def decide(self, row: int, result: str | Exception) -> None:
         """The image of this row is written and has this key, or cannot be had."""
-        self._decided.put((row, result))
+        with self._lock:
+            if isinstance(result, str):
+                self.keys[row] = result
+            elif isinstance(result, CorruptSampleError):
+                self.keys[row], self.lost[row] = result.key, result
+            else:
+                self._error = self._error or result
+            self._undecided -= 1
+            # The caller is woken once; what ends the run does not wait for what still comes.
+            if self._error is not None or not self._undecided:
+                self._is_over.set()
 
     def wait(self) -> None:
         """Until every image is there, or lost. Raises what concerns more than single samples."""
-        for _ in self.keys:
-            row, result = self._decided.get()
-            if isinstance(result, CorruptSampleError):
-                self.lost[row], self.keys[row] = result, result.key
-            elif isinstance(result, Exception):
-                raise result
-            else:
-                self.keys[row] = result
+        self._is_over.wait()
+        if self._error is not None:
+            raise self._error
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,24 +114,24 @@ class Production:
         self._ahead = _samples_ahead(index, split)
         self._planner = ThreadPoolExecutor(1, "plan")
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
-        self._is_closed = False
-        self._decoders = [
+        self._is_closed = Event()
+        decoders = [
             Thread(target=self._decode_jobs, name=f"decode_{number}", daemon=True)
             for number in range(config.decode_threads)
         ]
-        for decoder in self._decoders:
+        for decoder in decoders:
             decoder.start()
+        # At the latest when the interpreter ends: it must not take itself away from under a decoder.
+        self._end_decoders = weakref.finalize(self, _end, self._is_closed, self._jobs, decoders)
 
     def begin(self) -> Future[MadeBatch | None]:
         """Begin to decode the next batch; None after the last one."""
         return self._planner.submit(self._begin)
 
     def close(self) -> None:
-        """End the threads: those that decode after the image that they are at."""
+        """End the threads, and wait until they have: for one image each, never for a transfer."""
         self._planner.shutdown(wait=True, cancel_futures=True)
-        self._is_closed = True
-        for _ in self._decoders:
-            self._jobs.put(None)
+        self._end_decoders()
 
     def _begin(self) -> MadeBatch | None:
         if not self._requested:
@@ -143,7 +151,7 @@ class Production:
     def _decode(self, task: Task, samples: list[PendingSample]) -> MadeBatch:
         shape = (len(samples), self._recipe.channels, self._recipe.size, self._recipe.size)
         images = torch.zeros(shape, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
-        made = MadeBatch(task, images, [""] * len(samples))
+        made = MadeBatch(task, images)
         pixels: Pixels = images.numpy()
         for row, sample in enumerate(samples):
             sample.when_decided(partial(self._jobs.put, _Job(made, row, sample, pixels[row])))
@@ -151,7 +159,7 @@ class Production:
 
     def _decode_jobs(self) -> None:
         while (job := self._jobs.get()) is not None:
-            if not self._is_closed:
+            if not self._is_closed.is_set():
                 try:
                     job.batch.decide(job.row, self._decoded(job))
                 except Exception as error:
@@ -172,6 +180,14 @@ class Production:
             what = f"it {error}, though its checksum is right: it was stored like this"
             raise span.corrupt(self._index, what) from error
         return span.key
+
+
+def _end(is_closed: Event, jobs: SimpleQueue[_Job | None], decoders: list[Thread]) -> None:
+    is_closed.set()
+    for _ in decoders:
+        jobs.put(None)
+    for decoder in decoders:
+        decoder.join()
 
 
 def _samples_ahead(index: Index, split: str) -> int:

@@ -19,28 +19,7 @@ from pipeline.data import plan, shards
 from pipeline.data.index import TRAIN, VALIDATION, Index, ShardError, load_index, read_sidecar
 from pipeline.data.loader import Batch, check_fits, evaluation_batches, training_batches
 from pipeline.errors import InputError
-
-SIZE = 8
-TRAINING, VALIDATED = 50, 11
-
-
-def build(folder: Path, target: str, channels: int = 3, size: int = SIZE) -> Index:
-    """A data set of random images in several small shards."""
-    random = np.random.default_rng(0)
-    (folder / "images").mkdir(parents=True)
-    for number in range(TRAINING + VALIDATED):
-        pixels = random.integers(0, 256, (size, size, 3), dtype=np.uint8)
-        Image.fromarray(pixels).convert("RGB" if channels == 3 else "L").save(
-            folder / f"images/{number:03d}.png"
-        )
-    fraction = VALIDATED / (TRAINING + VALIDATED)
-    options = {
-        "image_size": size,
-        "validation_fraction": fraction,
-        "channels": channels,
-        "shard_bytes": 13_000,
-    }
-    return shards.build(str(folder / "images"), target, **options).index
+from tests.pipeline.data.data_set import SIZE, TRAINING, VALIDATED, build, config
 
 
 @pytest.fixture(scope="module")
@@ -53,16 +32,6 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> Index:
 def own(tmp_path: Path) -> Index:
     """A data set that a test may damage."""
     return build(tmp_path, str(tmp_path / "out"))
-
-
-def config(*, batch_size: int = 12, model: dict | None = None, seed: int = 1, **data) -> RunConfig:
-    settings = {
-        "data": {"root": "unused", "shuffle_window": 4} | data,
-        "model": {"image_size": SIZE, "preprocess_blocks": 0, "groups_per_scale": (1,)} | (model or {}),
-        "train": {"total_images": 10**6, "batch_size": batch_size, "seed": seed},
-        "cadence": {"log_images": 1, "evaluate_images": 1, "checkpoint_images": 1},
-    }
-    return RunConfig.model_validate(settings)
 
 
 def global_batches(
@@ -357,16 +326,20 @@ class _FirstAnswerIsSpoilt(http.server.SimpleHTTPRequestHandler):
     asked: set[str]
 
     def do_GET(self) -> None:
-        data = bytearray(Path(self.translate_path(self.path)).read_bytes())
+        data = whole = bytearray(Path(self.translate_path(self.path)).read_bytes())
         wanted = self.headers.get("Range")
+        begin, end = 0, len(whole) - 1
         if wanted:
-            begin, end = (int(number) for number in wanted.removeprefix("bytes=").split("-"))
+            begin, last = (int(number) for number in wanted.removeprefix("bytes=").split("-"))
+            end = min(last, end)
             data = data[begin : end + 1]
-            if f"{self.path} {wanted}" not in self.asked:
+            if self.path.endswith(".tar") and f"{self.path} {wanted}" not in self.asked:
                 self.asked.add(f"{self.path} {wanted}")
                 data[len(data) // 2] ^= 1
         self.send_response(206 if wanted else 200)
         self.send_header("Content-Length", str(len(data)))
+        if wanted:
+            self.send_header("Content-Range", f"bytes {begin}-{end}/{len(whole)}")
         self.end_headers()
         self.wfile.write(data)
 
