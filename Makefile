@@ -12,10 +12,10 @@ export RAY_USAGE_STATS_ENABLED := 0
 export MLFLOW_DISABLE_TELEMETRY := true
 
 .DEFAULT_GOAL := help
-.PHONY: help train test lint campaign clean
+.PHONY: help train test lint campaign bench-data bench-formats clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s%s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-15s%s\n", $$1, $$2}' Makefile
 
 train: .venv/installed  ## set up, then the main job: portraits -> shards -> training -> registry
 	$(BIN)/nvae shards build portraits:512 store:portraits256 --image-size 256 --validation-fraction 0.125 --if-missing
@@ -32,6 +32,12 @@ lint: .venv/installed  ## style, types and import contracts alone
 
 campaign: .venv/installed .venv-s3/installed  ## the long tests: faults, restores, installation from a wheel
 	$(BIN)/python -m pytest -m campaign
+
+bench-data: .venv/installed .venv-s3/installed  ## the loader beside stock WebDataset and the machine's bounds
+	$(BIN)/python -m tests.benchmarks.data
+
+bench-formats: .venv/installed  ## bytes and speed of image formats and their decoders
+	$(BIN)/python -m tests.benchmarks.formats
 
 clean:  ## remove what was installed and cached; runs and models in nvae-store stay
 	rm -rf .venv .venv-s3 .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
