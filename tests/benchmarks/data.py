@@ -21,6 +21,7 @@ the tightest:
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -90,7 +91,9 @@ def summary(rounds: Sequence[Round], cores: int) -> dict[str, Any]:
 def cores_bound(measured: Round, cores: int) -> float:
     """Images/s if all cores did nothing but decode, transfer and serve, without ever waiting."""
     decode, transfer = measured[DECODE], measured[TRANSFER]
-    return cores / (decode.cpu + transfer.cpu + transfer.server_cpu)
+    cpu = decode.cpu + transfer.cpu + transfer.server_cpu
+    # Processor time is counted in hundredths of a second, of which a few images take none.
+    return cores / cpu if cpu else math.inf
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
