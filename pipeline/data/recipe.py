@@ -64,6 +64,7 @@ def recipe_for(model: NVAEConfig, index: Index, binarize_key: tuple[int | str, .
             f"Images are averaged over whole squares of pixels: choose a model.image_size that divides "
             f"{index.image_size}, or build the data set with --image-size {inner}."
         )
+    _check_bits(model, index, where)
     return Recipe(
         stored_size=index.image_size,
         factor=index.image_size // inner,
@@ -71,6 +72,19 @@ def recipe_for(model: NVAEConfig, index: Index, binarize_key: tuple[int | str, .
         channels=index.channels,
         binarize_key=binarize_key if model.likelihood == "bernoulli" else None,
     )
+
+
+def _check_bits(model: NVAEConfig, index: Index, where: str) -> None:
+    """Raises ShardError if the model looks at bits that the data set was built without."""
+    bits = index.arguments.get("bits")
+    if not isinstance(bits, int) or bits >= 8:
+        return
+    averaged = index.image_size != model.image_size - 2 * model.border_pixels
+    if model.likelihood == "bernoulli" or averaged or model.pixel_bits > bits:
+        raise ShardError(
+            f"{where} of which {bits} bits were kept: enough for model.pixel_bits up to {bits} at their full "
+            f"size, not for this model. Build the data set again without --bits."
+        )
 
 
 def _binarized(pixels: Pixels, key: tuple[int | str, ...], position: int) -> Pixels:

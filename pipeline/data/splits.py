@@ -58,7 +58,10 @@ class ValidationChoice:
 
 
 def read_choice(fraction: float | None, count: int | None, list_file: str | None) -> ValidationChoice:
-    """The choice that the arguments mean. Raises ShardError if they contradict each other or themselves."""
+    """The choice that the arguments mean; `list_file` has a name in each line.
+
+    Raises ShardError if they contradict each other or make no sense, StoreError if the file cannot be read.
+    """
     if sum(given is not None for given in (fraction, count, list_file)) > 1:
         raise ShardError("Give one of --validation-fraction, --validation-count and --validation-list.")
     if fraction is not None and not 0 <= fraction < 1:
@@ -67,10 +70,7 @@ def read_choice(fraction: float | None, count: int | None, list_file: str | None
         raise ShardError(f"validation count {count} is negative.")
     if list_file is None:
         return ValidationChoice(fraction, count)
-    try:
-        text = storage.read_text(storage.normalize(list_file))
-    except (storage.MissingError, UnicodeDecodeError) as error:
-        raise ShardError(f"{storage.shown(list_file)}: is no text file with a name on each line.") from error
+    text = storage.read_text(storage.normalize(list_file))
     names = tuple(line.strip() for line in text.splitlines() if line.strip())
     if not names:
         raise ShardError(f"{storage.shown(list_file)}: names no image.")
@@ -115,8 +115,7 @@ def refuse_strays(names: Sequence[str]) -> None:
 
 
 def _top_folder(name: str) -> str:
-    # `tar -C images -c .` writes ./ before each name.
-    top, slash, _ = name.removeprefix("./").partition("/")
+    top, slash, _ = name.partition("/")
     return top if slash else ""
 
 
@@ -126,17 +125,18 @@ def _by_list(images: list[SourceImage], names: Sequence[str]) -> list[SourceImag
     A line is an image's name in the source, or (if only one image has it) the name without folders
     or extension.
     """
-    exact = {image.name.removeprefix("./"): number for number, image in enumerate(images)}
+    exact: dict[str, set[int]] = defaultdict(set)
     meanings: dict[str, set[int]] = defaultdict(set)
-    for name, number in exact.items():
-        path = PurePosixPath(name)
-        for short in (path.name, path.stem, path.with_suffix("").as_posix() if path.name else name):
+    for number, image in enumerate(images):
+        exact[image.name].add(number)
+        path = PurePosixPath(image.name)
+        for short in (path.name, path.stem, (path.parent / path.stem).as_posix()):
             meanings[short].add(number)
     chosen: set[int] = set()
     unknown: list[str] = []
     ambiguous: list[str] = []
     for name in dict.fromkeys(name.removeprefix("./") for name in names):
-        found = {exact[name]} if name in exact else meanings.get(name, set())
+        found = exact.get(name) or meanings.get(name, set())
         if len(found) == 1:
             chosen |= found
         else:

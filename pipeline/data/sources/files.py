@@ -32,7 +32,7 @@ _CONTENT = re.compile(
 
 def is_hidden(name: str) -> bool:
     """Whether a part of `name` begins with a dot, or is where macOS keeps its notes."""
-    parts = name.replace("\\", "/").removeprefix("./").split("/")
+    parts = name.replace("\\", "/").split("/")
     return "__MACOSX" in parts or any(part.startswith(".") and part != ".." for part in parts)
 
 
@@ -126,7 +126,10 @@ def tar_file(path: Path) -> Iterator[Source]:
     except (OSError, EOFError, ValueError, tarfile.TarError) as error:
         raise ShardError(f"{path}: is not a whole plain tar file ({error}). Fetch it again.") from error
     with archive:
-        images = [SourceImage(member.name, partial(read, archive, member)) for member in members]
+        # `tar -C images -c .` writes ./ before each name.
+        images = [
+            SourceImage(member.name.removeprefix("./"), partial(read, archive, member)) for member in members
+        ]
         yield Source(images, holds_any_files=True)
 
 

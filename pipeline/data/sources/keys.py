@@ -32,7 +32,7 @@ def _plain_key(name: str) -> str:
     parts = [part for part in [*folder.split("/"), stem] if part not in ("", ".", "..")]
     key = re.sub(r"[^\w/-]", "_", "/".join(parts))
     # WebDataset skips names that begin with two underscores.
-    plain = key == "/".join([*filter(None, [folder]), stem]) and not key.startswith("_")
+    plain = key and key == "/".join([*filter(None, [folder]), stem]) and not key.startswith("_")
     return key if plain and len(key.encode()) <= _LONGEST_KEY else _hashed_key(key, name)
 
 

@@ -1,15 +1,21 @@
 """One image file at a time: what is kept, what is changed by which rule, what is refused and why."""
 
+import dataclasses
 import io
 import struct
 import zlib
 
 import numpy as np
 import pytest
+import torch
+from hypothesis import given
+from hypothesis.strategies import booleans, integers, sampled_from
 from numpy.testing import assert_array_equal
 from PIL import Image
 
-from pipeline.data.images import RejectedImageError, decode, parse_crop, prepare
+from nvae.config import NVAEConfig
+from nvae.pixels import to_model
+from pipeline.data.images import FORMATS, RejectedImageError, decode, parse_crop, prepare
 
 
 def colours(size: int = 16, seed: int = 0) -> np.ndarray:
@@ -172,3 +178,37 @@ def test_a_stored_image_of_another_size_or_colour_is_not_decoded():
     for data in (encoded(colours(8)), encoded(colours()[..., 0]), encoded(colours(), "GIF"), b"\0" * 100):
         with pytest.raises(RejectedImageError):
             decode(data, 16, 3)
+
+
+# --- formats of storage -----------------------------------------------------------------------
+
+GREY_FORMATS = ("original", "png", "raw")
+
+
+@given(
+    integers(1, 40),
+    integers(0, 2**32),
+    sampled_from([(3, form) for form in FORMATS] + [(1, form) for form in GREY_FORMATS]),
+    booleans(),
+)
+def test_every_format_stores_the_same_pixels(size, seed, stored_as, is_noise):
+    channels, form = stored_as
+    random = np.random.default_rng(seed)
+    image = random.integers(0, 256, (size, size, 3), np.uint8) if is_noise else colours(size, seed)
+    image = image if channels == 3 else image[..., 0]
+    for data in (image, encoded(image), encoded(image, "TIFF")):
+        stored = prepare(data, size, channels, "none", form)
+        assert stored.extension == {"original": "png", "raw": ("ppm", "pgm")[channels == 1]}.get(form, form)
+        assert_array_equal(decode(stored.data, size, channels), image.reshape(size, size, channels))
+
+
+@given(integers(1, 8), sampled_from(FORMATS), integers(0, 2**32))
+def test_a_model_of_few_bits_sees_the_same_in_images_of_few_bits(bits, form, seed):
+    image = np.random.default_rng(seed).integers(0, 256, (16, 16, 3), np.uint8)
+    model = dataclasses.replace(NVAEConfig(), pixel_bits=bits)
+    whole, few = (
+        decode(prepare(encoded(image), 16, 3, "none", form, kept).data, 16, 3) for kept in (8, bits)
+    )
+    seen = [to_model(torch.from_numpy(each.transpose(2, 0, 1)[None].copy()), model) for each in (whole, few)]
+    assert torch.equal(*seen)
+    assert_array_equal(few, image >> (8 - bits) << (8 - bits))

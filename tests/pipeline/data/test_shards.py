@@ -1,5 +1,6 @@
 """Building data sets: what comes out, what is refused, what survives an interruption."""
 
+import dataclasses
 import io
 import json
 import os
@@ -11,12 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset
+from numpy.testing import assert_array_equal
 from PIL import Image
 
+from nvae.config import NVAEConfig
 from pipeline import local_files, storage
 from pipeline.data import shards
 from pipeline.data.images import decode
 from pipeline.data.index import TRAIN, VALIDATION, Index, ShardError, load_index, read_sidecar
+from pipeline.data.recipe import recipe_for
 from pipeline.data.tars import read_samples
 from pipeline.storage import StoreError
 
@@ -102,14 +106,49 @@ def test_the_same_images_give_the_same_bytes(tmp_path):
     assert len(tree(tmp_path / "one")) > 8
 
 
-def test_stock_webdataset_reads_our_shards(tmp_path):
+@pytest.mark.parametrize(
+    ("form", "channels", "extension"),
+    [
+        ("original", 3, "png"),
+        ("png", 1, "png"),
+        ("webp", 3, "webp"),
+        ("raw", 3, "ppm"),
+        ("raw", 1, "pgm"),
+    ],
+)
+def test_stock_webdataset_reads_our_shards_in_every_format(form, channels, extension, tmp_path):
     write_images(tmp_path / "in", 12)
-    index = shards.build(str(tmp_path / "in"), str(tmp_path / "out"), image_size=16, shard_bytes=4000).index
+    options = {"image_size": 16, "shard_bytes": 4000, "form": form, "channels": channels}
+    index = shards.build(str(tmp_path / "in"), str(tmp_path / "out"), **options).index
     urls = [str(tmp_path / "out" / shard.name) for shard in index.shards(TRAIN)]
-    read = {
-        s["__key__"]: s["png"] for s in webdataset.WebDataset(urls, shardshuffle=False, empty_check=False)
-    }
-    assert read == samples(index, TRAIN)
+    read = list(webdataset.WebDataset(urls, shardshuffle=False, empty_check=False))
+    assert {sample["__key__"]: sample[extension] for sample in read} == samples(index, TRAIN)
+    decoded = webdataset.WebDataset(urls, shardshuffle=False, empty_check=False).decode("rgb8")
+    for sample in decoded:
+        with Image.open(tmp_path / "in" / f"{sample['__key__']}.png") as image:
+            wanted = np.asarray(image if channels == 3 else image.convert("L").convert("RGB"))
+        assert_array_equal(sample[extension], wanted)
+    assert shards.verify(index.root) == []
+    assert load_index(index.root).arguments["format"] == form
+
+
+def test_webp_is_refused_for_grey_images(tmp_path):
+    with pytest.raises(ShardError, match="WebP has no grey images"):
+        shards.build("portraits:2", str(tmp_path / "out"), image_size=16, channels=1, form="webp")
+    assert not (tmp_path / "out").exists()
+
+
+def test_images_of_few_bits_are_for_models_of_few_bits(tmp_path):
+    index = shards.build("portraits:4", str(tmp_path / "out"), image_size=16, bits=5).index
+    assert load_index(index.root).arguments["bits"] == 5
+    fits = NVAEConfig(image_size=16, pixel_bits=5)
+    assert recipe_for(fits, index, ()).factor == 1
+    for other in ({"pixel_bits": 6}, {"image_size": 8}):
+        with pytest.raises(ShardError, match="of which 5 bits were kept"):
+            recipe_for(dataclasses.replace(fits, **other), index, ())
+    grey = shards.build("portraits:4", str(tmp_path / "grey"), image_size=16, bits=5, channels=1).index
+    with pytest.raises(ShardError, match="of which 5 bits were kept"):
+        recipe_for(NVAEConfig(image_size=16, image_channels=1, likelihood="bernoulli"), grey, ())
 
 
 def test_a_sidecar_says_where_each_sample_is(tmp_path):
