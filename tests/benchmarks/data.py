@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.data.index import TRAIN, load_index
+from pipeline.data.reader import FETCH_THREADS
 from tests.benchmarks.data_contenders import (
     CONTENDERS,
     DECODE,
@@ -176,7 +177,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--shards", type=int, default=8)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--connections", type=int, default=8, help="of the bare transfer")
+    parser.add_argument("--connections", type=int, default=FETCH_THREADS, help="of the bare transfer")
     parser.add_argument("--pairs", type=int, default=10, help="rounds of all contenders at each place")
     parser.add_argument("--json", type=Path, help="write everything measured to this file")
     return parser.parse_args(words)
