@@ -13,18 +13,15 @@ from pathlib import Path
 from PIL import Image
 
 from pipeline import storage
-from pipeline.data import shards
+from pipeline.data import images, shards
+from pipeline.data.images import StoredImage
 from pipeline.data.index import INDEX_NAME, TRAIN, Index, Shard
 from pipeline.data.tars import TarBuilder
 from tests import s3_server
 from tests.benchmarks.data_contenders import contents
 
-FORMATS = {
-    "png": {"format": "PNG", "compress_level": 4},
-    "webp": {"format": "WEBP", "lossless": True, "method": 0, "quality": 0},
-    "jpg": {"format": "JPEG", "quality": 95},
-    "ppm": {"format": "PPM"},
-}
+FORMATS = ("png", "webp", "raw", "jpg")
+"""What `nvae shards build` writes, and JPEG of quality 95."""
 BUCKET = "benchmark"
 
 
@@ -63,35 +60,35 @@ def places(
 
 def build(source: str, folder: Path, *, size: int, format: str, num_shards: int) -> Index:
     """Images of `source` in `num_shards` shards of equally many images, stored in `format`."""
-    built = shards.build(source, str(folder / "built"), image_size=size, validation_fraction=0)
-    _, encoded = contents(built.index.root)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        encoded = list(pool.map(lambda data: converted(data, format), encoded))
+    built = shards.build(source, str(folder / "built"), image_size=size, validation_fraction=0).index
+    _, encoded = contents(built.root)
+    with ThreadPoolExecutor() as pool:
+        stored = list(pool.map(lambda data: converted(data, size, format), encoded))
     root = folder / "images"
     root.mkdir()
-    per_shard = -(-len(encoded) // num_shards)
+    per_shard = -(-len(stored) // num_shards)
     rows = [
-        write_shard(root, number, encoded[number * per_shard : (number + 1) * per_shard], format)
-        for number in range(-(-len(encoded) // per_shard))
+        write_shard(root, number, stored[first : first + per_shard])
+        for number, first in enumerate(range(0, len(stored), per_shard))
     ]
-    index = dataclasses.replace(built.index, root=str(root), splits={TRAIN: tuple(rows)})
+    index = dataclasses.replace(built, root=str(root), splits={TRAIN: tuple(rows)})
     (root / INDEX_NAME).write_bytes(index.to_json())
     return index
 
 
-def converted(data: bytes, format: str) -> bytes:
-    with Image.open(io.BytesIO(data)) as image:
-        if image.format == FORMATS[format]["format"]:
-            return data
+def converted(data: bytes, size: int, format: str) -> StoredImage:
+    if format == "jpg":
         buffer = io.BytesIO()
-        image.save(buffer, **FORMATS[format])  # type: ignore[arg-type]
-        return buffer.getvalue()
+        with Image.open(io.BytesIO(data)) as image:
+            image.save(buffer, "JPEG", quality=95)
+        return StoredImage(buffer.getvalue(), format)
+    return images.prepare(data, size, 3, "none", format)  # type: ignore[arg-type]
 
 
-def write_shard(root: Path, number: int, encoded: list[bytes], format: str) -> Shard:
+def write_shard(root: Path, number: int, stored: list[StoredImage]) -> Shard:
     tar = TarBuilder()
-    for place, data in enumerate(encoded):
-        tar.add(f"{number:03d}-{place:06d}", format, data)
+    for place, image in enumerate(stored):
+        tar.add(f"{number:03d}-{place:06d}", image.extension, image.data)
     finished = tar.finish(f"{TRAIN}-{number:06d}.tar")
     (root / finished.shard.name).write_bytes(finished.data)
     (root / finished.shard.sidecar_name).write_bytes(finished.sidecar)
