@@ -18,9 +18,10 @@ left out. A batch may straddle two epochs: there is no tail.
    shares that differ by one position at most; rank r takes the r-th. So neighbouring lanes go to
    the same rank, whatever B, W and the position at which a run was resumed.
 
-How often a sample is fetched: what a rank fetches at once never reaches beyond a window, and a
-rank fetches nothing twice. So a window is fetched as often as there are ranks that read its lane.
-With m = B mod C, over all batches of B together, from whatever position,
+How often a sample is fetched: what a rank fetches at once ends where the window does, and a rank
+fetches a window's parts once (the few exceptions are in reader.py). So a window is fetched as
+often as there are ranks that read its lane. With m = B mod C, over all batches of B together,
+from whatever position,
 
     lanes read, summed over ranks  <=  C + (W - 1) (1 + ceil(2 m (C - m) / B)),
 
@@ -28,10 +29,10 @@ or C + W - gcd(C, W) if C divides B: then every batch holds each lane B / C time
 the same slots of the same lanes always, and only the lanes with a cut inside have a second
 reader; with W dividing C nothing is fetched twice. Otherwise the number of a batch's positions
 in the lanes before a lane differs from its mean by m (C - m) / C at most, which is how far a cut
-may wander. A lane has ceil(N / C) samples of an epoch at most, so that the epoch's samples are
-fetched (the bound) / C times on average: less than twice while W <= C and C divides B. If there
-is one lane every rank fetches everything: hence `default_lanes`. A resumed run fetches the
-current window of each lane once more.
+may wander. A lane has ceil(N / C) samples of an epoch at most; so that many times the bound is the
+most samples that all ranks fetch for an epoch: fewer than 2 (N + C) while W <= C and C divides B.
+If there is one lane every rank fetches everything: hence `default_lanes`. A resumed run fetches
+the current window of each lane once more.
 
 Memory: a rank reads at most 1 + ceil(ceil(B / W) C / B + 2 m (C - m) / B) lanes, and holds of each
 what is left of a window of w samples.

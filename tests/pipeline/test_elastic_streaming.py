@@ -1,7 +1,7 @@
 """Real loaders and real trainings see the plan's images, however often and wherever they stop."""
 
-from itertools import count
-from pathlib import Path
+from itertools import accumulate, count
+from typing import Literal
 
 import pytest
 from hypothesis import given, settings
@@ -12,7 +12,10 @@ from pipeline.config import RunConfig
 from pipeline.data import shards
 from pipeline.data.index import TRAIN, Index, load_index
 from pipeline.data.loader import evaluation_batches, training_batches
-from pipeline.training.checkpoint import images_saved
+from pipeline.training.checkpoint import newest
+from pipeline.training.checkpoint_writer import CheckpointWriter, claim_attempt
+from pipeline.training.tracking import NullTracker
+from pipeline.training.train import Training, train
 from pipeline.training.worker import LocalWorker
 from tests.recorded_batches import check_history, planned, recorded, starts
 from tests.tiny_run import Home
@@ -74,28 +77,31 @@ def test_any_number_of_loaders_evaluates_each_image_once(data: Index, world_size
     assert max(map(len, ranks)) - min(map(len, ranks)) <= 1
 
 
-number = count()
+def train_until(home: Home, url: str, config: RunConfig, batches: float) -> Literal["finished", "stopped"]:
+    """One launch, from the newest checkpoint on, asked to stop after `batches` batches."""
+    asked = count(1)
+    worker = LocalWorker(asked_to_stop=lambda: next(asked) >= batches)
+    writer = CheckpointWriter(url, claim_attempt(url), config.checkpoint.keep, before_commit=lambda: None)
+    data = load_index(f"{home.store}/data/tiny")
+    outcome = train(Training(config, data, worker, NullTracker(), writer), newest(url))
+    writer.wait()
+    return outcome
 
 
-@settings(max_examples=2, deadline=None)
-@given(lists(tuples(sampled_from((3, 4, 6, 7)), integers(1, 4)), min_size=2, max_size=2))
+@settings(max_examples=3, deadline=None)
+@given(lists(tuples(sampled_from((3, 4, 5, 7)), integers(1, 5)), min_size=2, max_size=3))
 def test_a_training_that_is_stopped_anywhere_sees_each_image_of_the_epoch_once(
     shared_home: Home, tmp_path_factory: pytest.TempPathFactory, stops: list[tuple[int, int]]
 ) -> None:
     """Each launch has another batch size and is stopped after some batches; the last one ends."""
-    folder, name = tmp_path_factory.mktemp("records"), f"stopped-{next(number)}"
-    rare = "cadence.evaluate_images=1000"
+    folder, url = tmp_path_factory.mktemp("records"), str(tmp_path_factory.mktemp("run"))
+    rare = ("data.lanes=6", "train.total_images=48", "cadence.evaluate_images=1000", "evaluation.images=1")
     for launch, (batch_size, batches) in enumerate(stops):
-        asked = count(1)
-        worker = LocalWorker(asked_to_stop=lambda asked=asked, batches=batches: next(asked) >= batches)
-        settings_ = (f"train.batch_size={batch_size}", "cadence.log_images=1", "train.total_images=100", rare)
-        with recorded(folder, launch, worker):
-            end = shared_home.train(name, *settings_, worker=worker)
-        assert end["state"] == "stopped"
-    seen = images_saved(shared_home.run_url(name))
+        config = shared_home.config(f"train.batch_size={batch_size}", "cadence.log_images=1", *rare)
+        with recorded(folder, launch, LocalWorker()):
+            assert train_until(shared_home, url, config, batches) == "stopped"
     with recorded(folder, len(stops), LocalWorker()):
-        shared_home.train(name, f"train.total_images={max(seen, 36) + 1}", rare)
-    assert len(starts(folder)) == len(stops) + 1
-    index = load_index(str(Path(shared_home.store, "data/tiny")))
-    first = shared_home.config(f"train.batch_size={stops[0][0]}")
-    check_history(folder, index, lanes=first.train.batch_size, window=4, seed=first.train.seed)
+        assert train_until(shared_home, url, shared_home.config(*rare), float("inf")) == "finished"
+    assert starts(folder) == list(accumulate((size * batches for size, batches in stops), initial=0))
+    index = load_index(f"{shared_home.store}/data/tiny")
+    check_history(folder, index, lanes=6, window=config.data.shuffle_window, seed=config.train.seed)
