@@ -14,9 +14,10 @@ import os
 import threading
 import time
 from typing import Any
+from urllib.parse import urlsplit
 
 from pipeline.limits import count, limits
-from pipeline.urls import StoreError, scheme, shown
+from pipeline.urls import WEB_SCHEMES, StoreError, scheme, shown
 
 CONNECTIONS = 32
 _BETWEEN_RENEWALS_SECONDS = 1.0
@@ -41,7 +42,9 @@ os.register_at_fork(after_in_child=_begin_anew_in_child)
 
 
 def environment(url: str) -> _Key:
-    """What decides which store `url` means and who asks: scheme, credentials, endpoint."""
+    """What decides which store `url` means and who asks: scheme, host, credentials, endpoint."""
+    if scheme(url) in WEB_SCHEMES:
+        return (scheme(url), urlsplit(url).netloc)
     settings = sorted((name, value) for name, value in os.environ.items() if name.startswith("AWS_"))
     return (scheme(url), hash(tuple(settings)))
 

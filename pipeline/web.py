@@ -27,7 +27,7 @@ _NOT_THERE = (404, 410)
 _CHUNK_BYTES = 256 << 10
 
 
-class _CheckedRedirects(urllib.request.HTTPRedirectHandler):
+class CheckedRedirects(urllib.request.HTTPRedirectHandler):
     """Follows to places that a user could have named, and never from outside to this machine."""
 
     def redirect_request(self, req, fp, code, msg, headers, newurl):  # type: ignore[no-untyped-def]
@@ -83,7 +83,7 @@ def _opener(_authorities: tuple[str | None, str | None]) -> urllib.request.Opene
         _HTTPHandler(),
         _HTTPSHandler(),
         urllib.request.HTTPDefaultErrorHandler(),
-        _CheckedRedirects(),
+        CheckedRedirects(),
         urllib.request.HTTPErrorProcessor(),
     ):
         opener.add_handler(handler)

@@ -38,7 +38,7 @@ PATIENT = StorageConfig(
     connect_timeout_seconds=2, read_timeout_seconds=0.6, retry_seconds=30, longest_pause_seconds=0.1
 )
 # The same time-outs: so the client is the same.
-IMPATIENT = PATIENT.model_copy(update={"retry_seconds": 1.0})
+IMPATIENT = PATIENT.model_copy(update={"retry_seconds": 0.5})
 
 
 @pytest.fixture(autouse=True)
