@@ -46,7 +46,6 @@ LEAST_SAMPLE_BYTES = 1024
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*(?:/[A-Za-z0-9_-][A-Za-z0-9_.-]*)*\.tar")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
-_LONGEST_SHOWN = 300
 _LONGEST_NAME = 1024
 
 
@@ -192,7 +191,7 @@ def load_index(root: str) -> Index:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ShardError(
             f"{storage.shown(url)}: is not an index of a data set "
-            f"({type(error).__name__}: {_shortly(str(error))}). Restore it, or build the data set again."
+            f"({type(error).__name__}: {_shortly(str(error), 300)}). Restore it, or build the data set again."
         ) from error
 
 
@@ -248,7 +247,7 @@ def parse_shard(row: Mapping[str, Any]) -> Shard:
         raise ValueError(f"{name!r}: {shard.bytes:,} bytes cannot hold {shard.samples:,} samples")
     if not length_fits(shard.sidecar_bytes, shard.samples):
         raise ValueError(
-            f"{name!r}: a sidecar of {shard.samples:,} samples has not {shard.sidecar_bytes:,} bytes"
+            f"{name!r}: a sidecar of {shard.samples:,} samples cannot have {shard.sidecar_bytes:,} bytes"
         )
     return shard
 
@@ -283,10 +282,10 @@ def printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(text))
 
 
-def _shortly(value: object) -> str:
+def _shortly(value: object, longest: int = 80) -> str:
     """The value for a message, however long it is and whatever it holds."""
     text = printable(value) if isinstance(value, str) else repr(value)
-    return text if len(text) <= _LONGEST_SHOWN else text[:_LONGEST_SHOWN] + "..."
+    return text if len(text) <= longest else text[:longest] + "..."
 
 
 def _remedy(root: str) -> str:

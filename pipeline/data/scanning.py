@@ -127,7 +127,9 @@ class Scanner:
         elif found.data is None:
             result.reject(group.key, f"is an image file of more than {MAX_SAMPLE_BYTES >> 20} MiB")
         elif not _is_plain(group.key):
-            result.reject(group.key, "has a name that is too long, no UTF-8 or cannot be shown")
+            result.reject(
+                group.key, "has a name that is too long, no UTF-8, leads out of a folder or cannot be shown"
+            )
         elif group.key in self._keys:
             result.reject(group.key, "has the name of another sample of this tar")
         else:
@@ -209,5 +211,6 @@ def _shortly(text: str) -> str:
 
 
 def _is_plain(key: str) -> bool:
-    """Whether the key can be stored and shown."""
-    return key.isprintable() and len(key.encode("utf-8", "replace")) <= MAX_KEY_BYTES
+    """Whether the key can be stored and shown, and would do no harm if somebody made a path of it."""
+    leads_out = key.startswith("/") or ".." in key.split("/")
+    return key.isprintable() and not leads_out and len(key.encode("utf-8", "replace")) <= MAX_KEY_BYTES
