@@ -84,7 +84,8 @@ def progress_line(what: str, done: int, total: int, per_second: float) -> str:
         return line
     minutes, seconds = divmod(round((total - done) / per_second), 60)
     left = f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes}:{seconds:02d} min"
-    return f"{line}, {per_second:,.0f} a second, {left} left"
+    speed = f"{per_second:,.0f}" if per_second >= 10 else f"{per_second:.1f}"
+    return f"{line}, {speed} a second, {left} left"
 
 
 def _sentence(index: Index) -> str:

@@ -3,7 +3,8 @@
 The column is a struct with `bytes` (an image file), or the files themselves. A parquet file can
 only be read in groups of rows, and a build reads every image twice, the second time in an order of
 its own: so the column is unpacked into a scratch file in the folder for temporary files (TMPDIR), as
-far as it has been read. It takes as much room as the images' files; memory holds a few rows.
+far as it has been read. It takes as much room as the images' files; memory holds one page of the
+column, twice (pyarrow writes pages of 1,024 rows, whatever their size).
 """
 
 import os
@@ -22,6 +23,8 @@ from pipeline.data.sources.source import Source, SourceImage
 
 SUFFIX = ".parquet"
 _ROWS_AT_A_TIME = 16
+# Without a buffer the column of a whole group of rows is in memory.
+_BUFFER_BYTES = 2**20
 _USUAL_NAMES = ("image", "img", "jpg", "png", "bytes", "data", "content")
 
 
@@ -93,7 +96,7 @@ def _unpacked(path: Path) -> Iterator[_Unpacked]:
     from pyarrow.parquet import ParquetFile
 
     try:
-        file = ParquetFile(path, pre_buffer=False)
+        file = ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER_BYTES)
     except (OSError, pyarrow.ArrowException) as error:
         raise ShardError(f"{path}: is no whole parquet file ({error}). Fetch it again.") from error
     with file, tempfile.TemporaryFile() as scratch:

@@ -90,8 +90,12 @@ def _records(file: BinaryIO, path: Path) -> Iterator[tuple[int, int]]:
 
 def masked_crc32c(data: bytes) -> int:
     """CRC-32C, turned and shifted so that a checksum of checksums stays one."""
-    import google_crc32c
-
+    try:
+        import google_crc32c
+    except ImportError as error:
+        raise ShardError(
+            "TFRecords are read with google-crc32c: pip install 'nvae-cluster[train]'"
+        ) from error
     crc = int(google_crc32c.value(data))
     return ((crc >> 15 | crc << 17) + _MASK) & 0xFFFFFFFF
 
