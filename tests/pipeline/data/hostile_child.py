@@ -1,12 +1,10 @@
-"""Meets each hostile payload in a process of its own and reports what became of it.
+"""Meets each hostile payload and reports what became of it.
 
 `python -m tests.pipeline.data.hostile_child FOLDER [slow]` prints a line of JSON per payload: its name,
-what was delivered or the message of refusal, and by how much the process grew.
+what was delivered or the message of refusal, and by how much this process grew.
 """
 
 import json
-import os
-import resource
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -51,32 +49,22 @@ def read(root: str) -> list[str]:
 
 
 def meet(work: Callable[[Path], dict[str, object]], folder: Path) -> dict[str, object]:
-    """What `work` does in a forked process, and by how many MiB that grew."""
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.close(reading)
-        before = _resident_mib()
-        try:
-            result = work(folder)
-        except InputError as error:
-            result = {"refused": str(error)}
-        except BaseException as error:
-            result = {"crashed": repr(error)}
-        result["grown_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
-        os.write(writing, json.dumps(result).encode()[:60_000])
-        os._exit(0)
-    os.close(writing)
-    with os.fdopen(reading, "rb") as pipe:
-        answer = pipe.read()
-    os.waitpid(child, 0)
-    met: dict[str, object] = json.loads(answer or b'{"crashed": "died"}')
-    return met
+    """What `work` does, and by how many MiB this process grew meanwhile at most."""
+    # Resets the high-water mark of the memory in use.
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _memory_mib("VmRSS")
+    try:
+        result = work(folder)
+    except InputError as error:
+        result = {"refused": str(error)}
+    except BaseException as error:
+        result = {"crashed": repr(error)}
+    return result | {"grown_mib": _memory_mib("VmHWM") - before}
 
 
-def _resident_mib() -> float:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+def _memory_mib(field: str) -> float:
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field)]
+    return int(line.split()[1]) / 1024
 
 
 def main(folder: Path, slow: bool) -> None:
