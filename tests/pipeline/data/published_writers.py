@@ -82,6 +82,7 @@ def write_cifar_archive(path: Path, folder: Path) -> Path:
 
 
 def write_lmdb(folder: Path, values: Iterable[bytes], keys: Iterable[str] | None = None) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
     with lmdb.open(str(folder), map_size=2**26) as database, database.begin(write=True) as writing:
         for number, value in enumerate(values):
             key = str(number) if keys is None else list(keys)[number]

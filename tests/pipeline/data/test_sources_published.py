@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 
+from pipeline.data import shards
 from pipeline.data.images import decode, prepare
 from pipeline.data.index import TRAIN, VALIDATION, ShardError
 from pipeline.data.portraits import portrait
@@ -23,6 +24,7 @@ from tests.pipeline.data.published_writers import (
     write_parquet,
     write_tfrecord,
 )
+from tests.pipeline.data.test_shards import samples
 
 
 def read(spec, image_size=None) -> list[tuple[str | None, np.ndarray]]:
@@ -181,3 +183,22 @@ def test_files_of_which_only_some_name_a_split_are_refused(tmp_path):
         write_parquet(tmp_path / f"{name}.parquet", [b"x"])
     with pytest.raises(ShardError, match=r"do not: more\.parquet"), open_source(str(tmp_path), 16):
         pass
+
+
+@pytest.mark.parametrize("kind", ["cifar", "lmdb", "tfrecord", "parquet"])
+def test_a_data_set_of_each_kind_has_the_source_s_pixels_in_the_source_s_splits(kind, tmp_path):
+    images, source = smooth(9, 32), tmp_path / "in"
+    for split, part in (("train", images[:6]), ("validation", images[6:])):
+        if kind == "cifar":
+            write_cifar(source, [images[:6]], images[6:])
+        elif kind == "lmdb":
+            write_lmdb(source / f"{split}.lmdb", [image.tobytes() for image in part])
+        elif kind == "tfrecord":
+            write_tfrecord(source / split / f"{split}-r05.tfrecords", map(raw_example, part))
+        else:
+            write_parquet(source / f"{split}-0.parquet", list(map(png, part)))
+    index = shards.build(str(source), str(tmp_path / "out"), image_size=32, form="raw").index
+    assert shards.verify(index.root) == []
+    for split, part in ((TRAIN, images[:6]), (VALIDATION, images[6:])):
+        found = {decode(data, 32, 3).tobytes() for data in samples(index, split).values()}
+        assert found == {image.tobytes() for image in part}
