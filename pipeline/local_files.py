@@ -1,13 +1,15 @@
 """Files on this machine: whole or not there, with errors that say what to mend.
 
 A file is written beside its place, synced and renamed, so that neither a reader nor a crash
-ever finds a part of it. What a killed writer leaves behind ends in `.partial` and is not
-listed.
+ever finds a part of it. What a killed writer leaves behind ends in `.partial`, is not listed,
+and is swept when the same file is written again a day later or more.
 """
 
 import errno
+import glob
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -17,6 +19,10 @@ from pipeline.storage_errors import explain, explain_write
 from pipeline.urls import StoreError
 
 _PARTIAL = ".partial"
+_NONCE = 12
+"""Random digits in the name of a part."""
+_ABANDONED_SECONDS = 86_400.0
+"""Age of a part that nobody can be writing any more; another host's clock may be off by hours."""
 
 
 def read(path: Path, start: int | None, end: int | None) -> bytes:
@@ -39,9 +45,10 @@ def size(path: Path) -> int:
 @contextmanager
 def written_atomically(path: Path) -> Iterator[Path]:
     """A path beside `path` to write to; synced and renamed to `path` if all went well."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}{_PARTIAL}")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:_NONCE]}{_PARTIAL}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(path)
         try:
             yield temporary
             _sync(temporary)
@@ -53,6 +60,15 @@ def written_atomically(path: Path) -> Iterator[Path]:
         raise explain_write(error, str(path)) from error
 
 
+def _sweep(path: Path) -> None:
+    """Delete what killed writers of this file left behind long ago."""
+    for part in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * _NONCE}{_PARTIAL}"):
+        # Another writer may sweep it at the same time.
+        with suppress(FileNotFoundError):
+            if time.time() - part.stat().st_mtime > _ABANDONED_SECONDS:
+                part.unlink()
+
+
 def check_writable(folder: Path) -> None:
     """Write and delete a file in `folder`, or where it would be made; nothing else is left or made.
 
@@ -60,7 +76,7 @@ def check_writable(folder: Path) -> None:
     """
     try:
         there = next(path for path in (folder, *folder.parents) if path.exists())
-        probe = there / f".{uuid.uuid4().hex[:12]}{_PARTIAL}"
+        probe = there / f".{uuid.uuid4().hex[:_NONCE]}{_PARTIAL}"
         try:
             probe.write_bytes(b"x")
         finally:

@@ -278,6 +278,23 @@ def test_a_writer_that_is_killed_leaves_the_old_file_and_nothing_in_listings(tmp
     assert storage.list_dir(str(tmp_path)) == ["file"]
 
 
+def test_what_a_killed_writer_left_is_swept_a_day_later_and_nothing_else(tmp_path):
+    old, fresh, other = (
+        tmp_path / name
+        for name in (
+            ".file.0123456789ab.partial",
+            ".file.ba9876543210.partial",
+            ".file2.0123456789ab.partial",
+        )
+    )
+    for part in (old, fresh, other):
+        part.write_bytes(b"part")
+    for part in (old, other):
+        os.utime(part, (time.time() - 90_000,) * 2)
+    storage.write_bytes(str(tmp_path / "file"), b"new")
+    assert sorted(tmp_path.iterdir()) == sorted([fresh, other, tmp_path / "file"])
+
+
 def test_a_target_below_a_file_is_refused_with_a_remedy(tmp_path):
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(StoreError, match="is a file, not a folder"):
