@@ -17,7 +17,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -65,6 +65,10 @@ class Shard:
     """Of the whole tar, in hexadecimal."""
     sidecar_bytes: int
     sidecar_sha256: str
+
+    def row(self) -> dict[str, str | int]:
+        """It as it stands in an index."""
+        return {name: getattr(self, name) for name in self.__slots__}
 
     @property
     def sidecar_name(self) -> str:
@@ -135,7 +139,7 @@ class Index:
         lines = [f" {json.dumps(name)}: {json.dumps(fact)}" for name, fact in facts.items()]
         splits = []
         for split, shards in self.splits.items():
-            rows = ",\n".join(f"   {json.dumps(asdict(shard))}" for shard in shards)
+            rows = ",\n".join(f"   {json.dumps(shard.row())}" for shard in shards)
             splits.append(f"  {json.dumps(split)}: [\n{rows}\n  ]")
         lines.append(' "splits": {\n' + ",\n".join(splits) + "\n }")
         return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
