@@ -239,7 +239,7 @@ def test_bare_pixels_of_another_length_are_rejected_one_by_one(tmp_path):
             source.images[16].read()
 
 
-@pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME])
+@pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.XHDTYPE])
 def test_a_compressed_tar_that_unpacks_to_more_than_cifar_is_refused(kind, tmp_path):
     """Names and extensions, which readers keep in memory, are no way around the limit."""
     header = tarfile.TarInfo("data_batch_1")
