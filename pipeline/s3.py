@@ -83,8 +83,7 @@ def _blocks(loop: Any, body: Any) -> Iterator[bytes]:
         try:
             more = sync(loop, fill, pieces)
         finally:
-            if pieces:
-                yield b"".join(pieces)
+            yield from pieces
 
 
 def size(url: str) -> int:
