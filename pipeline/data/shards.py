@@ -29,7 +29,7 @@ from pipeline.data.rejections import (
     reasons,
     write_report,
 )
-from pipeline.data.sources import normalize_source, open_source
+from pipeline.data.sources import Source, normalize_source, open_source
 from pipeline.data.splits import read_choice
 from pipeline.data.survey import Entry, Progress, Survey, survey_source
 from pipeline.data.tars import TarBuilder
@@ -119,10 +119,7 @@ def build(
     if finished and if_missing:
         return BuildReport(finished, read_report(target), already_there=True)
     with open_source(source, image_size) as opened:
-        size, colours = image_size or opened.image_size, channels or opened.channels
-        if size is None:
-            raise ShardError(f"{storage.shown(source)}: say how large the images shall be: --image-size 256.")
-        _check_colours(form, colours)
+        prepare = _preparation(opened, arguments)
         if not finished and storage.is_local(target):
             # Reading the source can take hours; a bucket has answered to the look at its index.
             local_files.check_writable(Path(target))
@@ -133,14 +130,13 @@ def build(
         tolerance.add(survey.rejected)
         tolerance.check()
         state = begin(target, arguments, survey.fingerprint)
-        prepare = _Preparation(size, colours, images.parse_crop(crop), form, bits)
         writer = _Writer(target, state, prepare, shard_bytes, threads, tolerance, progress)
         for split in (TRAIN, VALIDATION):
             writer.write(split, survey.entries[split])
     index = Index(
         root=target,
-        image_size=size,
-        channels=colours,
+        image_size=prepare.image_size,
+        channels=prepare.channels,
         source=storage.shown(source),
         licence=licence,
         arguments=arguments | {"fingerprint": survey.fingerprint},
@@ -176,9 +172,16 @@ def _check_arguments(arguments: Mapping[str, Any]) -> None:
         raise ShardError("; ".join(problems) + ".")
 
 
-def _check_colours(form: Format, channels: int) -> None:
-    if form == "webp" and channels == 1:
+def _preparation(source: Source, arguments: Mapping[str, Any]) -> "_Preparation":
+    """How images become those of the data set. Raises ShardError if that is not said or cannot be."""
+    size = arguments["image_size"] or source.image_size
+    channels = arguments["channels"] or source.channels
+    if size is None:
+        raise ShardError(f"{arguments['source']}: say how large the images shall be: --image-size 256.")
+    if arguments["format"] == "webp" and channels == 1:
         raise ShardError("WebP has no grey images: give --format png or raw, or --channels 3.")
+    crop = images.parse_crop(arguments["crop"])
+    return _Preparation(size, channels, crop, arguments["format"], arguments["bits"])
 
 
 def _finished(target: str, arguments: Mapping[str, Any]) -> Index | None:

@@ -43,7 +43,8 @@ def begin(target: str, arguments: Mapping[str, Any], fingerprint: str) -> Unfini
         same = left["arguments"] == arguments and left["fingerprint"] == fingerprint
         left_shards = {split: [parse_shard(row) for row in rows] for split, rows in left["shards"].items()}
         left_rejected = [Rejection(**row) for row in left["rejected"]]
-    except (ValueError, KeyError, TypeError) as error:
+        consumed = {split: int(left["consumed"][split]) for split in left_shards}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ShardError(f"{storage.shown(url)}: is damaged; delete that folder and build again.") from error
     if not same and not any(left_shards.values()):
         state.save(target)
@@ -57,4 +58,4 @@ def begin(target: str, arguments: Mapping[str, Any], fingerprint: str) -> Unfini
     for shard in [*left_shards[TRAIN], *left_shards[VALIDATION]]:
         if sizes.get(shard.name) != shard.bytes or shard.sidecar_name not in sizes:
             return state  # Someone tidied up; the recorded shards are built again.
-    return Unfinished(arguments, fingerprint, left_shards, dict(left["consumed"]), left_rejected)
+    return Unfinished(arguments, fingerprint, left_shards, consumed, left_rejected)
