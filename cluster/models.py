@@ -9,6 +9,7 @@ from pipeline import storage
 from pipeline import store as stores
 from pipeline.data.index import VALIDATION, load_index
 from pipeline.data.loader import check_fits, evaluation_batches
+from pipeline.data.verification import check_complete
 from pipeline.errors import InputError
 from pipeline.models import evaluation, sampling
 from pipeline.models.export import RegistryError
@@ -48,6 +49,7 @@ def evaluate(
     config = config.model_copy(update={"data": config.data.model_copy(update={"root": root})})
     index = load_index(root)
     check_fits(config, index)
+    check_complete(index, (VALIDATION,))
     worker = LocalWorker()
     batches = evaluation_batches(config, index, rank=0, world_size=1, limit=limit, batch_size=batch_size)
     there = index.num_samples(VALIDATION)

@@ -14,13 +14,11 @@ from pipeline import config_file, run_folder, storage, store
 from pipeline.config import RunConfig
 from pipeline.data.index import Index, load_index
 from pipeline.data.loader import check_fits, default_lanes
-from pipeline.data.verification import missing_shards
+from pipeline.data.verification import check_complete
 from pipeline.models.registry import Registry, load
 from pipeline.run_folder import RunError, RunRecord
 from pipeline.training.checkpoint import checkpoints
 from pipeline.training.delivery import check_tracking_uri
-
-_PROBLEMS_SHOWN = 10
 
 
 @dataclass(frozen=True)
@@ -54,10 +52,9 @@ def prepare(
 ) -> Prepared:
     """Check everything that can be checked before a worker starts.
 
-    Raises RunError if the run exists with another identity, if shards are missing, if the
-    batch cannot be shared by `workers`, or if `parent` is a model of another shape;
-    ShardError if the data set does not fit the model; TrackingError if `tracking_uri` is no
-    address of MLflow.
+    Raises RunError if the run exists with another identity, if the batch cannot be shared by
+    `workers`, or if `parent` is a model of another shape; ShardError if shards are missing or the
+    data set does not fit the model; TrackingError if `tracking_uri` is no address of MLflow.
     """
     check_tracking_uri(tracking_uri)
     storage.configure(config.storage)
@@ -67,7 +64,7 @@ def prepare(
     check_batch(config, workers)
     data = load_index(config.data.root)
     check_fits(config, data)
-    _check_shards(data)
+    check_complete(data)
     if record is not None:
         _check_identity(config, data, record, url, parent)
         parent, initial = record.parent, record.initial_model
@@ -105,20 +102,6 @@ def check_batch(config: RunConfig, workers: int) -> None:
         raise RunError(
             f"train.batch_size {batch_size} cannot be shared equally by {workers} workers; use --workers "
             f"with one of its divisors, or train.batch_size={nearest}."
-        )
-
-
-def _check_shards(data: Index) -> None:
-    """Raises RunError if a shard is missing or cut short, before a worker waits for it."""
-    problems = missing_shards(data)
-    if problems:
-        lines = [f"  {problem.shard} {problem.what}" for problem in problems[:_PROBLEMS_SHOWN]]
-        if len(problems) > _PROBLEMS_SHOWN:
-            lines.append(f"  and {len(problems) - _PROBLEMS_SHOWN:,} more")
-        raise RunError(
-            f"{storage.shown(data.root)} is not the data set that its index describes:\n"
-            + "\n".join(lines)
-            + f"\nRestore these files; `nvae shards verify {storage.shown(data.root)}` checks every one."
         )
 
 

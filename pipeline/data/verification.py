@@ -9,7 +9,7 @@ What lies between samples that a sidecar left out is vouched for by the shard's 
 """
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -28,6 +28,7 @@ _THREADS = 4
 _ASKED_AT_ONCE = 16
 _MOST_ASKED = 2000
 _PROBLEMS_PER_SHARD = 1000
+_PROBLEMS_SHOWN = 10
 
 
 @dataclass(frozen=True)
@@ -69,14 +70,28 @@ def verify(
     return problems
 
 
-def missing_shards(index: Index) -> list[Problem]:
+def check_complete(index: Index, splits: Sequence[str] = SPLITS) -> None:
+    """Raises ShardError if a shard of `splits` is missing or cut short, before anybody waits for it."""
+    problems = missing_shards(index, splits)
+    if problems:
+        lines = [f"  {problem.shard} {problem.what}" for problem in problems[:_PROBLEMS_SHOWN]]
+        if len(problems) > _PROBLEMS_SHOWN:
+            lines.append(f"  and {len(problems) - _PROBLEMS_SHOWN:,} more")
+        raise ShardError(
+            f"{storage.shown(index.root)} is not the data set that its index describes:\n"
+            + "\n".join(lines)
+            + f"\nRestore these files; `nvae shards verify {storage.shown(index.root)}` checks every one."
+        )
+
+
+def missing_shards(index: Index, splits: Sequence[str] = SPLITS) -> list[Problem]:
     """Shards and sidecars that are not there or have another size, by a listing of each folder.
 
     A web server cannot be listed: each file is asked for, many at once; of more than 2,000
     files that many, evenly spread.
     """
     expected = {}
-    for split in SPLITS:
+    for split in splits:
         for shard in index.shards(split):
             expected[shard.name] = (shard.name, shard.bytes)
             expected[shard.sidecar_name] = (shard.name, shard.sidecar_bytes)

@@ -107,7 +107,7 @@ REFUSALS: dict[str, tuple[Callable[[Home], dict[str, Any]], type[InputError], st
     ),
     "a missing shard": (
         lambda home: {"overrides": [f"data.root={data_set_without_a_shard(home)}"]},
-        RunError,
+        ShardError,
         r"train-000000\.tar is missing\n(.|\n)*nvae shards verify",
     ),
     "images that do not fit": (

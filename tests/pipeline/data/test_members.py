@@ -4,7 +4,7 @@ import io
 import tarfile
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.data.members import FILE, Tape, TarError, members
@@ -36,11 +36,13 @@ def found(data: bytes) -> list[tuple[str, bytes]]:
     ]
 
 
+@settings(max_examples=50)
 @given(files=FILES, tar_format=FORMATS)
 def test_members_are_those_that_were_written(files, tar_format):
     assert found(written(files, tar_format)) == [(f"folder/{name}", data) for name, data in files]
 
 
+@settings(max_examples=50)
 @given(files=st.lists(st.tuples(NAMES, st.binary(max_size=700)), min_size=1, max_size=3), data=st.data())
 def test_a_tar_that_was_cut_before_its_end_mark_never_passes_for_whole(files, data):
     content = written(files, tarfile.PAX_FORMAT)
@@ -50,6 +52,7 @@ def test_a_tar_that_was_cut_before_its_end_mark_never_passes_for_whole(files, da
         found(content[:cut])
 
 
+@settings(max_examples=50)
 @given(files=FILES, data=st.data())
 def test_a_members_place_is_that_of_its_headers_data_and_padding(files, data):
     """The bytes of one member alone are a tar with that member in it."""
@@ -61,12 +64,14 @@ def test_a_members_place_is_that_of_its_headers_data_and_padding(files, data):
         assert again == (f"folder/{files[number][0]}", files[number][1])
 
 
+@settings(max_examples=50)
 @given(noise=st.binary(max_size=3000))
 def test_noise_is_refused_and_nothing_else_is_raised(noise):
     with pytest.raises(TarError):
         found(noise + b"x")
 
 
+@settings(max_examples=50)
 @given(place=st.integers(0, 2047), value=st.integers(1, 255))
 def test_a_changed_byte_gives_other_members_or_an_error_and_nothing_else(place, value):
     content = bytearray(written([("a.png", b"x" * 600)], tarfile.USTAR_FORMAT))
