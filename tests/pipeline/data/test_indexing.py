@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import webdataset
 
 from pipeline import storage
-from pipeline.data import verification
+from pipeline.data import shards, verification
 from pipeline.data.images import decode
 from pipeline.data.index import TRAIN, VALIDATION, Index, ShardError, load_index, read_sidecar
 from pipeline.data.indexing import index_tars
@@ -129,6 +130,19 @@ def test_grey_images_and_a_bucket_work_alike(tmp_path, s3):
     assert verification.verify(there.root) == []
     assert len(images) == sum(there.num_samples(split) for split in (TRAIN, VALIDATION))
     assert "write-check.building" not in storage.list_dir(there.root)
+
+
+def test_stock_webdataset_decodes_what_our_loader_delivers(tmp_path):
+    """Over shards of our own: WebDataset's own opener, grouping and decoder against our reader."""
+    (tmp_path / "images").mkdir()
+    for number in range(10):
+        (tmp_path / f"images/{number}.png").write_bytes(image_file(number))
+    options = {"image_size": 8, "validation_fraction": 0, "shard_bytes": 4000}
+    index = shards.build(str(tmp_path / "images"), str(tmp_path / "out"), **options).index
+    files = [str(tmp_path / "out" / shard.name) for shard in index.shards(TRAIN)]
+    assert len(files) > 1
+    stock = webdataset.WebDataset(files, shardshuffle=False).decode("pil")
+    assert {sample["__key__"]: sample["png"].tobytes() for sample in stock} == delivered(index, TRAIN)
 
 
 # --- splits -----------------------------------------------------------------------------------
