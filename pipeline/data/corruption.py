@@ -25,7 +25,7 @@ class CorruptSampleError(ShardError):
     def __init__(self, index: Index, shard: Shard, key: str, offset: int, what: str) -> None:
         root = storage.shown(index.root)
         place = storage.shown(storage.join(index.root, shard.name))
-        self.key = key
+        self.key, self.root = key, root
         self.what = f"{place}: sample {key!r} at byte {offset:,}: {what}"
         super().__init__(
             f"{self.what}. The shard was damaged or replaced; `nvae shards verify {root}` lists "
@@ -58,7 +58,8 @@ class Losses:
             raise ShardError(
                 f"{self._lost:,} of the {self._asked:,} samples that this worker has read are corrupt: more "
                 f"than data.max_corrupt_fraction = {self._most:g} allows (of {LEAST_ASKED_FOR:,} samples at "
-                f"least). The last one: {lost[-1]}"
+                f"least). The last one: {lost[-1].what}. `nvae shards verify {lost[-1].root}` lists "
+                f"everything that is wrong; restore the data set and start the run again: it continues."
             )
 
     def _tell(self, error: CorruptSampleError) -> None:

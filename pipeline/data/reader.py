@@ -40,7 +40,7 @@ from pipeline.data.plan import Places
 FETCH_THREADS = 16
 """Requests under way at once: at 100 ms each, 160 pieces or 320 MB a second."""
 _SIDECAR_SAMPLES_KEPT = 2**20
-"""Samples that the sidecars in memory describe together; about 150 bytes each."""
+"""Samples that the sidecars in memory describe together; up to about 60 bytes each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +91,7 @@ class Reader:
         self._sidecars: OrderedDict[int, Future[Sidecar]] = OrderedDict()
         self._sidecar_samples = 0
         self._lock = threading.Lock()
+        self._stripes = [threading.Lock() for _ in range(1024)]
         self.transferred_bytes = 0
         """Out of shards, from the store; damaged and repeated transfers included."""
         self.cached_bytes = 0
@@ -154,20 +155,39 @@ class Reader:
         """The bytes of `run`, from the cache or the store, and what is wrong with which sample."""
         start, end = pieces.byte_range(run, sidecar)
         name = f"{shard.sha256}-{start}-{end}"
-        if cache is not None and (cached := cache.get(name)) is not None:
-            if len(cached) == end - start and not pieces.damage(cached, run, sidecar):
-                with self._lock:
-                    self.cached_bytes += len(cached)
+        if cache is None:
+            return self._out_of_store(run, shard, sidecar)
+        # Neighbouring windows want the same piece at the same time: who comes second finds it there.
+        with self._stripes[hash(name) % len(self._stripes)]:
+            cached = self._out_of_cache(name, run, sidecar, cache)
+            if cached is not None:
                 return cached, {}
+            data, damaged = self._out_of_store(run, shard, sidecar)
+            if not damaged:
+                cache.put(name, data)
+            return data, damaged
+
+    def _out_of_cache(self, name: str, run: Piece, sidecar: Sidecar, cache: PieceCache) -> bytes | None:
+        """The undamaged bytes of `run`; a damaged entry is dropped."""
+        data = cache.get(name)
+        if data is None:
+            return None
+        start, end = pieces.byte_range(run, sidecar)
+        if len(data) != end - start or pieces.damage(data, run, sidecar):
             cache.drop(name)
+            return None
+        with self._lock:
+            self.cached_bytes += len(data)
+        return data
+
+    def _out_of_store(self, run: Piece, shard: Shard, sidecar: Sidecar) -> tuple[bytes, dict[int, str]]:
+        start, end = pieces.byte_range(run, sidecar)
         data = self._transfer(shard, start, end)
         damaged = pieces.damage(data, run, sidecar)
         if damaged:
             # A transfer may have spoilt it; a second one tells that from a damaged shard.
             data = self._transfer(shard, start, end)
             damaged = pieces.damage(data, run, sidecar)
-        if cache is not None and not damaged:
-            cache.put(name, data)
         return data, damaged
 
     def _transfer(self, shard: Shard, start: int, end: int) -> bytes:

@@ -1,7 +1,5 @@
 """Batches: the same on any number of workers, from any store; nothing unverified in them."""
 
-import functools
-import http.server
 import itertools
 import threading
 import time
@@ -20,6 +18,7 @@ from pipeline.data.index import TRAIN, VALIDATION, Index, ShardError, load_index
 from pipeline.data.loader import Batch, check_fits, evaluation_batches, training_batches
 from pipeline.errors import InputError
 from tests.pipeline.data.data_set import SIZE, TRAINING, VALIDATED, build, config
+from tests.pipeline.data.web_server import serving
 
 
 @pytest.fixture(scope="module")
@@ -320,44 +319,23 @@ def test_a_shard_that_is_not_the_indexed_one_ends_the_run_with_its_name(own, dam
     assert_threads_end()
 
 
-class _FirstAnswerIsSpoilt(http.server.SimpleHTTPRequestHandler):
-    """Serves files with ranges; one bit of each range of a tar is wrong when first asked for."""
-
-    asked: set[str]
-
-    def do_GET(self) -> None:
-        data = whole = bytearray(Path(self.translate_path(self.path)).read_bytes())
-        wanted = self.headers.get("Range")
-        begin, end = 0, len(whole) - 1
-        if wanted:
-            begin, last = (int(number) for number in wanted.removeprefix("bytes=").split("-"))
-            end = min(last, end)
-            data = data[begin : end + 1]
-            if self.path.endswith(".tar") and f"{self.path} {wanted}" not in self.asked:
-                self.asked.add(f"{self.path} {wanted}")
-                data[len(data) // 2] ^= 1
-        self.send_response(206 if wanted else 200)
-        self.send_header("Content-Length", str(len(data)))
-        if wanted:
-            self.send_header("Content-Range", f"bytes {begin}-{end}/{len(whole)}")
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
 def test_what_a_transfer_spoilt_is_fetched_again(index):
-    handler = functools.partial(_FirstAnswerIsSpoilt, directory=index.root)
-    _FirstAnswerIsSpoilt.asked = set()
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        remote = load_index(f"http://127.0.0.1:{server.server_port}")
+    answered: set[tuple[str, int, int]] = set()
+
+    def spoil_the_first_answer(name: str, begin: int, data: bytearray) -> None:
+        request = (name, begin, len(data))
+        if name.endswith((".tar", ".idx")) and request not in answered:
+            answered.add(request)
+            data[len(data) // 2] ^= 1
+
+    with serving(index.root, spoil_the_first_answer) as served:
+        remote = load_index(served.url)
         assert global_batches(config(), remote, 1, 0, TRAINING) == global_batches(
             config(), index, 1, 0, TRAINING
         )
-        server.shutdown()
-    assert len(_FirstAnswerIsSpoilt.asked) >= len(index.shards(TRAIN))
+    assert {name for name, _, _ in answered} == {
+        name for shard in index.shards(TRAIN) for name in (shard.name, shard.sidecar_name)
+    }
 
 
 def test_threads_end_when_the_batches_are_closed_or_read_to_the_end(index):
@@ -367,6 +345,59 @@ def test_threads_end_when_the_batches_are_closed_or_read_to_the_end(index):
     batches.close()
     assert_threads_end()
     read_all(index)
+    assert_threads_end()
+
+
+def test_closing_does_not_wait_for_a_stalled_transfer_and_its_thread_ends_with_it(index):
+    stalled, released = threading.Event(), threading.Event()
+    one = index.shards(TRAIN)[
+        plan.Stream(index.samples_per_shard(TRAIN), lanes=1, window=4, seed=1).locate(np.array([0])).shards[0]
+    ]
+
+    def stall(name: str, begin: int, data: bytearray) -> None:
+        if name.endswith(".tar") and name != one.name:
+            stalled.set()
+            released.wait()
+
+    with serving(index.root, stall) as served:
+        settings = config(batch_size=1, lanes=1, prefetch_batches=1)
+        batches = training_batches(
+            settings, load_index(served.url), rank=0, world_size=1, start=0, stop=10**6
+        )
+        next(batches)
+        assert stalled.wait(30)
+        batches.close()
+        assert all(name.startswith("fetch") for name in loading_threads())
+        released.set()
+        assert_threads_end()
+
+
+def test_the_first_batch_waits_for_its_own_images_alone(index):
+    largest = max(int(read_sidecar(index, shard).sizes.max()) for shard in index.shards(TRAIN))
+    released = threading.Event()
+
+    def withhold_pieces(name: str, begin: int, data: bytearray) -> None:
+        if name.endswith(".tar") and len(data) > largest:
+            released.wait()
+
+    settings = config(shuffle_window=16)
+    with serving(index.root, withhold_pieces) as served:
+        arguments = {"rank": 0, "world_size": 1, "start": 9, "stop": 10**6}
+        batches = training_batches(settings, load_index(served.url), **arguments)
+        arrived = next(batches)
+        released.set()
+        batches.close()
+        assert_threads_end()
+        assert any(end - begin > largest for _, begin, end in served.of_tars())
+    assert_close(arrived.images, first(training_batches(settings, index, **arguments)).images)
+
+
+def test_an_error_reaches_the_caller_once(own):
+    (Path(own.root) / own.shards(TRAIN)[1].name).unlink()
+    batches = training_batches(config(), own, rank=0, world_size=1, start=0, stop=10**6)
+    with pytest.raises(InputError, match=own.shards(TRAIN)[1].name):
+        list(batches)
+    assert list(batches) == []
     assert_threads_end()
 
 
