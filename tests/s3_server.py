@@ -11,6 +11,7 @@ started it, even if that one was killed. Signatures are checked, as on any S3.
 import getpass
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -172,6 +173,8 @@ def wait_until_it_answers(endpoint: str, processes: list[subprocess.Popen[bytes]
 
 
 def main() -> None:
+    # Whoever ends a whole group of processes ends this one too, which has others to end.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     folder = Path(sys.argv[1]).resolve()
     ports = dict(zip([*DAEMONS, "proxy"], free_ports(4), strict=True))
     configure(folder, ports)
