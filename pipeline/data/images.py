@@ -14,8 +14,9 @@ Rules, in this order:
   it is antialiased, does not ring, and is what published results on FFHQ 256x256 used. A smaller
   one is refused: enlarged images hold less detail than their size promises.
 - The file's own bytes are kept if nothing of this changes a pixel and any reader decodes them
-  alike (8-bit PNG, JPEG, WebP); otherwise the image is stored as PNG, without loss. Every image
-  can also be stored as PNG, lossless WebP or bare pixels (PPM, PGM): the pixels are the same.
+  alike (8-bit PNG, JPEG, WebP); otherwise the image is stored without loss: as WebP, or as PNG if
+  it is grey, which WebP does not know. Every image can also be stored as PNG, lossless WebP or
+  bare pixels (PPM, PGM): the pixels are the same. `make bench-formats` compares them.
 - A data set for models of few bits can leave the lower bits of each value out (as zeros): the
   upper ones are all that such a model sees (nvae/pixels.py). That is done last.
 """
@@ -43,8 +44,9 @@ _KEPT = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}
 _STORED = ("PNG", "JPEG", "WEBP", "PPM")
 # PNG's own scale of effort. Portraits take 8% more bytes than at 6, in less than half the time.
 _PNG_EFFORT = 4
-# WebP's two. The highest of both takes fifty times as long for 3% fewer bytes.
-_WEBP_METHOD, _WEBP_EFFORT = 3, 50
+# WebP's two, the lowest: more effort saves a tenth of the bytes, takes ten times as long to
+# write and not less to read.
+_WEBP_METHOD, _WEBP_EFFORT = 0, 0
 
 # Our own limit is checked before Pillow decodes; its warning would come on top.
 Image.MAX_IMAGE_PIXELS = None
@@ -220,7 +222,7 @@ def _stored(image: Image.Image, form: Format, bits: int) -> StoredImage:
     if form == "raw":
         image.save(buffer, "PPM")
         return StoredImage(buffer.getvalue(), "pgm" if image.mode == "L" else "ppm")
-    if form == "webp":
+    if form == "webp" or (form == "original" and image.mode == "RGB"):
         image.save(buffer, "WEBP", lossless=True, method=_WEBP_METHOD, quality=_WEBP_EFFORT)
         return StoredImage(buffer.getvalue(), "webp")
     image.save(buffer, "PNG", compress_level=_PNG_EFFORT)
