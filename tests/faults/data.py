@@ -9,6 +9,7 @@ ends with 1 if any line has survived less often than tried, and says what did no
 """
 
 import argparse
+import logging
 import sys
 import tempfile
 import time
@@ -17,6 +18,9 @@ from pathlib import Path
 
 import torch
 
+from tests.faults import data_corruption as corruption
+from tests.faults import data_resources as resources
+from tests.faults import data_sources as sources
 from tests.faults import data_transport as transport
 from tests.faults.injection import Place, Row, places
 
@@ -24,7 +28,17 @@ ROWS: dict[str, Callable[[Place], Row]] = {
     "D1": transport.errors,
     "D2": transport.stalls,
     "D2b": transport.breaks,
+    "D3": corruption.at_rest,
     "D3t": transport.wrong_bytes,
+    "D3s": corruption.skipping,
+    "D4": corruption.cut_tars,
+    "D5": sources.odd_images,
+    "D6": sources.missing_shard,
+    "D7": sources.few_shards,
+    "D8": resources.cache_disks,
+    "D9": sources.equal_names,
+    "D10": resources.starts,
+    "D11": sources.too_much_promised,
 }
 
 
@@ -60,6 +74,8 @@ def main(arguments: Sequence[str]) -> int:
     names = asked.only.split(",")
     if unknown := [name for name in names if name not in ROWS]:
         parser.error(f"no rows {', '.join(unknown)}; there are {', '.join(ROWS)}")
+    # What the rows provoke is counted, not read.
+    logging.disable(logging.WARNING)
     # For tiny models: on a busy machine several threads wait for each other most of the time.
     torch.set_num_threads(1)
     rows = run(names, asked.seed, asked.quick)
