@@ -142,7 +142,18 @@ class Index:
             rows = ",\n".join(f"   {json.dumps(shard.row())}" for shard in shards)
             splits.append(f"  {json.dumps(split)}: [\n{rows}\n  ]")
         lines.append(' "splits": {\n' + ",\n".join(splits) + "\n }")
-        return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
+        return _sealed(("{\n" + ",\n".join(lines)).encode())
+
+
+_SEAL = b',\n "sha256": "'
+
+
+def _sealed(text: bytes) -> bytes:
+    """All but the last line of `index.json`, with its own SHA-256 as the last line.
+
+    The content hash does not cover what is said for people, the names and the form; this does.
+    """
+    return text + _SEAL + hashlib.sha256(text).hexdigest().encode() + b'"\n}\n'
 
 
 def read_sidecar(index: Index, shard: Shard) -> Sidecar:
@@ -191,7 +202,11 @@ def load_index(root: str) -> Index:
             f"continues."
         ) from error
     try:
-        return _parse_index(root, json.loads(text))
+        index = _parse_index(root, json.loads(text))
+        written = text.encode()
+        if written != _sealed(written[: max(written.rfind(_SEAL), 0)]):
+            raise ValueError("its bytes do not fit its own SHA-256: it was edited or damaged")
+        return index
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ShardError(
             f"{storage.shown(url)}: is not an index of a data set "

@@ -389,6 +389,23 @@ def test_an_index_that_was_edited_is_refused(built, edit):
         load_index(built.root)
 
 
+@pytest.mark.parametrize(
+    ("was", "now"),
+    [
+        (b'"source": "', b'"source": "x'),
+        (b'"rejected": 0', b'"rejected": 1'),
+        (b"\n", b"\n "),
+        (b'"\n}', b'" }'),
+    ],
+)
+def test_not_even_a_remark_in_an_index_can_change_unnoticed(built, was, now):
+    path = Path(built.root) / "index.json"
+    assert was in path.read_bytes()
+    path.write_bytes(path.read_bytes().replace(was, now, 1))
+    with pytest.raises(ShardError, match="its own SHA-256: it was edited or damaged"):
+        load_index(built.root)
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{", "null", "\x00", '"x"'])
 def test_an_index_that_is_none_is_refused(built, text):
     (Path(built.root) / "index.json").write_text(text)
