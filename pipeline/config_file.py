@@ -25,6 +25,9 @@ from pipeline.settings import Setting, flatten, nearest, resumable, section_name
 # import system: it would merge any other installed folder named `configs` with ours.
 _PRESETS = Path(__file__).parent.parent / "configs"
 
+_LONGEST_PART = 1000
+"""Characters of a place, path or message that are shown."""
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -35,7 +38,12 @@ class Problem:
     message: str
 
     def __str__(self) -> str:
-        return ": ".join(part for part in (self.origin, self.path, self.message) if part)
+        return ": ".join(_shortly(part) for part in (self.origin, self.path, self.message) if part)
+
+
+def _shortly(text: str) -> str:
+    """The text for a message, however long the key or value is that somebody wrote."""
+    return text if len(text) <= _LONGEST_PART else text[:_LONGEST_PART] + "..."
 
 
 class ConfigError(InputError):

@@ -14,6 +14,9 @@ from typing import Any
 from nvae.config import RANGES, allowed
 from pipeline.config import RunConfig
 
+_LONGEST_PATH = 200
+"""Letters of a misspelt path for which the nearest setting is sought: the search is quadratic."""
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -65,6 +68,8 @@ def nearest(path: str) -> str | None:
         # A right name in the wrong section ranks by the whole path among its namesakes.
         return max(whole, 0.9 * SequenceMatcher(None, last, last_known).ratio() + 0.1 * whole)
 
+    if len(path) > _LONGEST_PATH:
+        return None
     best = max(settings(), key=similarity)
     return best if similarity(best) >= 0.68 else None
 

@@ -209,6 +209,15 @@ def test_anything_but_plain_yaml_is_refused(tmp_path, text, message):
     assert found == {}  # what is missing is not known
 
 
+@pytest.mark.parametrize(
+    "text", [f"train: {{seed: {'9' * 10**5}}}", f"? {'k' * 10**5}\n: 1", f"x: !{'t' * 10**5} 1"]
+)
+def test_a_message_stays_short_whatever_was_written(tmp_path, text):
+    with pytest.raises(ConfigError) as caught:
+        load(write(tmp_path, text))
+    assert len(str(caught.value)) < 5000
+
+
 def test_a_file_that_cannot_be_parsed_does_not_hide_the_mistakes_of_overrides(tmp_path):
     path = write(tmp_path, "train:\n\tseed: 1\n")
     assert problems(path, "train.seed=-1").keys() == {"", "train.seed"}
