@@ -27,9 +27,9 @@ from pipeline.errors import InputError
 MANIFEST = "manifest.json"
 # A manifest is a configuration, some metrics and a few hashes; a safetensors header has about
 # 150 bytes per tensor and NVAE's largest published model 5,000 tensors. Whatever is far above
-# that is a mistake or an attack on our memory.
+# that is a mistake or an attack on our memory: a header takes up to twenty times its length.
 MANIFEST_BYTES = 4 << 20
-HEADER_BYTES = 16 << 20
+HEADER_BYTES = 8 << 20
 
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")

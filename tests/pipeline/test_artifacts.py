@@ -1,4 +1,5 @@
 import json
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -106,6 +107,13 @@ def test_a_tensor_file_that_is_cut_anywhere_is_refused(length):
     if length < len(data):
         with pytest.raises(ArtifactError, match="here"):
             tensors_from_bytes(data[:length], "here")
+
+
+def test_a_header_of_more_tensors_than_any_model_has_is_refused_unread():
+    entries = {f"t{n}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for n in range(150_000)}
+    header = json.dumps(entries).encode()
+    with pytest.raises(ArtifactError, match=f"header would be {len(header)} bytes long"):
+        tensors_from_bytes(struct.pack("<Q", len(header)) + header, "here")
 
 
 @given(position=integers(0, 10_000), value=integers(0, 255))
