@@ -20,6 +20,7 @@ import torch
 
 from tests.faults import data_corruption as corruption
 from tests.faults import data_resources as resources
+from tests.faults import data_security as security
 from tests.faults import data_sources as sources
 from tests.faults import data_transport as transport
 from tests.faults.injection import Place, Row, places
@@ -39,6 +40,11 @@ ROWS: dict[str, Callable[[Place], Row]] = {
     "D9": sources.equal_names,
     "D10": resources.starts,
     "D11": sources.too_much_promised,
+    "S1": security.places_refused,
+    "S2": security.checkpoints,
+    "S3": security.tars,
+    "S4": security.registered_models,
+    "S6": security.configurations,
 }
 
 
