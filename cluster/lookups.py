@@ -55,8 +55,8 @@ def shards() -> None:
     show_default=True,
     type=click.Choice(["original", "png", "webp", "raw"]),
     help="How images are stored, always without loss. original keeps files that fit as they are and makes "
-    "all others webp (grey: png); webp is a quarter smaller than png and faster to decode; raw is two to four "
-    "times larger and the fastest.",
+    "all others webp (grey: png); webp is a quarter smaller than png and faster to decode; raw is two to "
+    "four times larger and the fastest.",
 )
 @click.option(
     "--bits",

@@ -49,7 +49,7 @@ def evaluate(
     config = config.model_copy(update={"data": config.data.model_copy(update={"root": root})})
     index = load_index(root)
     check_fits(config, index)
-    check_complete(index, (VALIDATION,))
+    check_complete(index, (VALIDATION,), cut_is_corrupt=config.data.on_corrupt == "skip")
     worker = LocalWorker()
     batches = evaluation_batches(config, index, rank=0, world_size=1, limit=limit, batch_size=batch_size)
     there = index.num_samples(VALIDATION)

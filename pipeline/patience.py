@@ -4,17 +4,28 @@ Every answer of a network is waited for with a limit, and what failed on the way
 again after a pause drawn at random below a bound that doubles. A store that has answered
 before gets `storage.retry_seconds` to come back, counted from the last thing that went
 well; one that never answered is probably misspelt, and the user learns that within seconds.
-A definite answer (no such file, no permission) is final at once.
+A definite answer (no such file, no permission) is final at once. What looks like a program's mistake
+could be a client's in a race with a broken connection: it is tried again for seconds only, and
+then raised as what it is. Who no longer wants what threads of his still try for ends their
+patience (`give_up_when`).
 """
 
 import random
+import threading
 import time
 from collections.abc import Callable
 from typing import TypeVar
 
 from pipeline import buckets
 from pipeline.limits import count, limits
-from pipeline.storage_errors import about_credentials, explain, is_final, may_hide_expiry, retry_after
+from pipeline.storage_errors import (
+    about_credentials,
+    explain,
+    is_final,
+    is_mistake,
+    may_hide_expiry,
+    retry_after,
+)
 from pipeline.urls import StoreError, is_local
 
 _Result = TypeVar("_Result")
@@ -26,6 +37,23 @@ FIRST_PAUSE_SECONDS = 0.2
 # Stores that answered, and those that accepted our credentials.
 _answered: set[tuple[object, ...]] = set()
 _accepted: set[tuple[object, ...]] = set()
+
+
+_thread = threading.local()
+
+
+def give_up_when(unwanted: threading.Event) -> None:
+    """From now on, this thread tries nothing again once `unwanted` is set, and sleeps no longer."""
+    _thread.unwanted = unwanted
+
+
+def _slept(seconds: float) -> bool:
+    """Whether the sleep was a whole one, and nobody has lost interest."""
+    unwanted: threading.Event | None = getattr(_thread, "unwanted", None)
+    if unwanted is not None:
+        return not unwanted.wait(seconds)
+    time.sleep(seconds)
+    return True
 
 
 def expect(url: str) -> None:
@@ -64,11 +92,14 @@ class Patience:
         bound = min(FIRST_PAUSE_SECONDS * 2**self._tries, limits().longest_pause_seconds)
         # Jitter keeps workers that failed together from coming back together.
         pause = max(random.uniform(0, bound), retry_after(error) or 0.0)
-        known = self._store in _answered
+        known = self._store in _answered and not is_mistake(error)
         allowed = limits().retry_seconds if known else min(FIRST_CONTACT_SECONDS, limits().retry_seconds)
         if time.monotonic() - self._since + pause > allowed:
+            if is_mistake(error):
+                raise error
             raise explain(error, self._url) from error
-        time.sleep(pause)
+        if not _slept(pause):
+            raise explain(error, self._url) from error
         self._tries += 1
         count(retries=1, paused_seconds=pause)
 

@@ -64,7 +64,7 @@ def prepare(
     check_batch(config, workers)
     data = load_index(config.data.root)
     check_fits(config, data)
-    check_complete(data)
+    check_complete(data, cut_is_corrupt=config.data.on_corrupt == "skip")
     if record is not None:
         _check_identity(config, data, record, url, parent)
         parent, initial = record.parent, record.initial_model

@@ -24,9 +24,10 @@ from pipeline import buckets, gs, limits, local_files, patience, s3, transfer, w
 from pipeline.config import StorageConfig
 from pipeline.limits import Statistics as Statistics
 from pipeline.limits import statistics as statistics
+from pipeline.patience import give_up_when as give_up_when
 from pipeline.patience import patiently
-from pipeline.storage_errors import explain
-from pipeline.urls import BUCKET_SCHEMES, WEB_SCHEMES, MissingError, StoreError
+from pipeline.storage_errors import CUT_REMEDY, explain
+from pipeline.urls import BUCKET_SCHEMES, WEB_SCHEMES, CutError, MissingError, StoreError
 from pipeline.urls import check_relative as check_relative
 from pipeline.urls import is_local as is_local
 from pipeline.urls import join as join
@@ -35,6 +36,7 @@ from pipeline.urls import scheme as scheme
 from pipeline.urls import shown as shown
 
 __all__ = [
+    "CutError",
     "MissingError",
     "Statistics",
     "StoreError",
@@ -44,6 +46,7 @@ __all__ = [
     "download_file",
     "exists",
     "for_ray",
+    "give_up_when",
     "is_local",
     "join",
     "list_dir",
@@ -93,8 +96,8 @@ _BUCKETS: dict[str, _Bucket] = {"s3": s3, "gs": gs}
 def read_bytes(url: str, start: int | None = None, end: int | None = None) -> bytes:
     """The whole of a file, or its bytes [start, end).
 
-    Raises MissingError if it is not there, StoreError if it cannot be read or ends before
-    `end`.
+    Raises MissingError if it is not there, CutError if it ends before `end`, StoreError if it
+    cannot be read.
     """
     place, begin = normalize(url), start or 0
     if end is not None and end <= begin:
@@ -106,10 +109,7 @@ def read_bytes(url: str, start: int | None = None, end: int | None = None) -> by
     except OSError as error:
         raise explain(error, place) from error
     if end is not None and len(data) != end - begin:
-        raise StoreError(
-            f"{shown(place)}: has {size(place)} bytes, {end} at least were expected. It was cut short or "
-            f"replaced; write it again."
-        )
+        raise CutError(f"{shown(place)}: has {size(place)} bytes, {end} at least were expected. {CUT_REMEDY}")
     return data
 
 

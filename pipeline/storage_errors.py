@@ -10,12 +10,15 @@ import os
 from collections.abc import Iterator
 from urllib.error import HTTPError
 
-from pipeline.urls import MissingError, StoreError, scheme, shown
+from pipeline.urls import CutError, MissingError, StoreError, scheme, shown
 
 _CREDENTIALS = (
     "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (and AWS_SESSION_TOKEN for temporary ones), "
     "or AWS_PROFILE; for a store other than AWS also AWS_ENDPOINT_URL_S3."
 )
+# No answer of a network.
+_MISTAKES = (TypeError, AttributeError, NameError, AssertionError, ImportError)
+
 _BY_CODE = {
     "NoSuchBucket": "the bucket does not exist. Create it, or correct the name; buckets of another "
     "store are found through AWS_ENDPOINT_URL_S3.",
@@ -32,7 +35,6 @@ _BY_CODE = {
     "301": "the bucket lies in another region; set AWS_DEFAULT_REGION to it.",
     "AuthorizationHeaderMalformed": "the region is wrong; set AWS_DEFAULT_REGION to the bucket's.",
     "IllegalLocationConstraintException": "the bucket lies in another region; set AWS_DEFAULT_REGION.",
-    "InvalidRange": "ends before the bytes asked for. It was cut short or replaced; write it again.",
     "QuotaExceeded": "the store's quota is used up.",
     "EntityTooLarge": "the store does not take files of this size.",
 }
@@ -94,12 +96,20 @@ _CREDENTIAL_TYPES = {
 _SILENT = ("AioReadTimeoutError", "FSTimeoutError", "ReadTimeoutError", "TimeoutError")
 
 
+CUT_REMEDY = "It was cut short or replaced; write it again."
+
+
 class BrokenError(OSError):
     """An answer that broke off, or a connection that hardly moves."""
 
 
 class AnswerError(OSError):
     """An answer that does not fit the request."""
+
+
+def is_mistake(error: BaseException) -> bool:
+    """Whether this is what mistakes in programs look like, ours or a library's."""
+    return isinstance(error, _MISTAKES)
 
 
 def is_final(error: BaseException) -> bool:
@@ -113,7 +123,7 @@ def is_final(error: BaseException) -> bool:
     code, status = code_of(error), _status(error)
     if code in _PASSING or status in _PASSING_STATUS:
         return False
-    return code in _BY_CODE or (status is not None and status >= 300)
+    return code in _BY_CODE or code == "InvalidRange" or (status is not None and status >= 300)
 
 
 def about_credentials(error: BaseException) -> bool:
@@ -150,6 +160,8 @@ def _is_distrust(error: BaseException) -> bool:
 def explain(error: BaseException, url: str) -> StoreError:
     """The StoreError that tells a user what `error` means for `url`."""
     where, code, kind = shown(url), code_of(error), type(error).__name__
+    if code == "InvalidRange":
+        return CutError(f"{where}: ends before the bytes asked for. {CUT_REMEDY}")
     if code in _BY_CODE:
         return StoreError(f"{where}: {_BY_CODE[code]}")
     if isinstance(error, FileNotFoundError):

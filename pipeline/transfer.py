@@ -19,8 +19,8 @@ from pathlib import Path
 
 from pipeline.limits import count, limits
 from pipeline.patience import Patience
-from pipeline.storage_errors import AnswerError, BrokenError, explain
-from pipeline.urls import StoreError, shown
+from pipeline.storage_errors import CUT_REMEDY, AnswerError, BrokenError, explain
+from pipeline.urls import CutError, StoreError, shown
 
 _PROGRESS_BYTES = 64 << 10
 """What a request must have brought for its failure to count as a new one, and what must arrive
@@ -153,9 +153,9 @@ class _Wanted:
             count(reread_bytes=self.position - self.start)
             raise ChangedError(f"{shown(self.url)}: was replaced while it was read; try again.")
         if answer.total is not None and self.end is not None and answer.total < self.end:
-            raise StoreError(
-                f"{shown(self.url)}: has {answer.total} bytes, {self.end} at least were expected. It was "
-                f"cut short or replaced; write it again."
+            raise CutError(
+                f"{shown(self.url)}: has {answer.total} bytes, {self.end} at least were expected. "
+                f"{CUT_REMEDY}"
             )
         # A server without ranges begins at 0 and is read from there.
         if answer.start not in (0, self.position):

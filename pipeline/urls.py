@@ -26,6 +26,10 @@ class MissingError(StoreError):
     """What was asked for is not there."""
 
 
+class CutError(StoreError):
+    """A file ends before the bytes that were asked for."""
+
+
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*):")
 _SECRET_PARTS = re.compile(r"//[^/@\s]*@|[?#].*$", re.DOTALL)
 _FORBIDDEN_IN_REMOTE_NAMES = set("*?[]{}|<>`$;\\\"'#") | {chr(code) for code in range(32)} | {"\x7f"}

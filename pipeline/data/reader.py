@@ -20,7 +20,7 @@ Memory, in encoded images: let the caller request h samples per lane ahead of th
 taken. A lane then holds at most one window of samples, h besides, and its first sample, since a
 window is requested only when all but h of the one before were taken; for L lanes that is
 L (shuffle_window + h + 1), and FETCH_THREADS pieces in transfer. A rank reads the lanes of its
-share, or all of them if the number of ranks does not divide them.
+share (data/plan.py says how many).
 """
 
 import threading
@@ -86,7 +86,10 @@ class Reader:
 
     def __init__(self, index: Index, split: str, cache: PieceCache | None = None) -> None:
         self._index, self._shards, self._cache = index, index.shards(split), cache
-        self._pool = ThreadPoolExecutor(FETCH_THREADS, "fetch")
+        self._is_closed = threading.Event()
+        self._pool = ThreadPoolExecutor(
+            FETCH_THREADS, "fetch", initializer=storage.give_up_when, initargs=(self._is_closed,)
+        )
         self._windows: dict[int, tuple[int, dict[Piece, Future[_Spans]]]] = {}
         self._sidecars: OrderedDict[int, Future[Sidecar]] = OrderedDict()
         self._sidecar_samples = 0
@@ -111,7 +114,8 @@ class Reader:
         return [self._request(*row) for row in rows]
 
     def close(self) -> None:
-        """Stop fetching. What is being transferred just now ends by itself."""
+        """Stop fetching. What is being transferred just now ends by itself, and is not tried again."""
+        self._is_closed.set()
         self._pool.shutdown(wait=False, cancel_futures=True)
         self._windows.clear()
 
@@ -195,12 +199,8 @@ class Reader:
         url = storage.join(self._index.root, shard.name)
         try:
             data = storage.read_bytes(url, start, end)
-        except storage.MissingError:
-            raise
-        except storage.StoreError:
+        except storage.CutError:
             there = storage.size(url)
-            if there >= end:
-                raise
             data = storage.read_bytes(url, start, there) if there > start else b""
         with self._lock:
             self.transferred_bytes += len(data)

@@ -70,9 +70,13 @@ def verify(
     return problems
 
 
-def check_complete(index: Index, splits: Sequence[str] = SPLITS) -> None:
-    """Raises ShardError if a shard of `splits` is missing or cut short, before anybody waits for it."""
-    problems = missing_shards(index, splits)
+def check_complete(index: Index, splits: Sequence[str] = SPLITS, *, cut_is_corrupt: bool = False) -> None:
+    """Raises ShardError if a shard of `splits` is missing or cut short, before anybody waits for it.
+
+    With `cut_is_corrupt` a shard that is there with another size is left to the policy on corrupt
+    samples (data/corruption.py).
+    """
+    problems = missing_shards(index, splits, cut_too=not cut_is_corrupt)
     if problems:
         lines = [f"  {problem.shard} {problem.what}" for problem in problems[:_PROBLEMS_SHOWN]]
         if len(problems) > _PROBLEMS_SHOWN:
@@ -84,8 +88,10 @@ def check_complete(index: Index, splits: Sequence[str] = SPLITS) -> None:
         )
 
 
-def missing_shards(index: Index, splits: Sequence[str] = SPLITS) -> list[Problem]:
+def missing_shards(index: Index, splits: Sequence[str] = SPLITS, *, cut_too: bool = True) -> list[Problem]:
     """Shards and sidecars that are not there or have another size, by a listing of each folder.
+
+    Shards of another size only if `cut_too`.
 
     A web server cannot be listed: each file is asked for, many at once; of more than 2,000
     files that many, evenly spread.
@@ -103,7 +109,7 @@ def missing_shards(index: Index, splits: Sequence[str] = SPLITS) -> list[Problem
         what, found = "" if name == shard_name else f"its sidecar {name} ", sizes[name]
         if found is None:
             problems.append(Problem(shard_name, f"{what}is missing"))
-        elif found != expected_bytes:
+        elif found != expected_bytes and (cut_too or name != shard_name):
             problems.append(Problem(shard_name, f"{what}has {found:,} bytes instead of {expected_bytes:,}"))
     return problems
 

@@ -5,6 +5,7 @@ import os
 import random
 import ssl
 import threading
+import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -316,3 +317,28 @@ def test_a_private_authority_is_trusted_if_it_is_named_and_else_its_variable_is(
         monkeypatch.setenv("AWS_CA_BUNDLE", str(tmp_path / "authority.pem"))
         proxy.add(Reset(after=MB), gets, times=1)
         assert storage.read_bytes(stored) == CONTENT
+
+
+def test_who_no_longer_wants_an_answer_does_not_wait_for_a_store_that_is_down(fault_proxy, stored):
+    storage.configure(PATIENT.model_copy(update={"retry_seconds": 3600, "longest_pause_seconds": 600}))
+    storage.read_bytes(stored, 0, 10)
+    fault_proxy.add(Fail(503, "SlowDown"))
+    unwanted = threading.Event()
+    ends: list[Exception] = []
+
+    def read() -> None:
+        storage.give_up_when(unwanted)
+        try:
+            storage.read_bytes(stored, 0, 10)
+        except StoreError as error:
+            ends.append(error)
+
+    reading = threading.Thread(target=read)
+    reading.start()
+    while fault_proxy.injected["Fail 503"] < 2:
+        time.sleep(0.01)
+    assert reading.is_alive()
+    unwanted.set()
+    reading.join(5)
+    assert not reading.is_alive()
+    assert "overloaded" in str(ends[0])

@@ -123,6 +123,11 @@ def test_files_that_a_web_server_lacks_are_named_before_a_run(served, tmp_path):
     verification.check_complete(served, (VALIDATION,))
     with pytest.raises(ShardError, match=r"(?s)part-0002\.tar is missing.*nvae shards verify http://127"):
         verification.check_complete(served)
+    # A cut shard may be the loader's to judge; what is missing, or no sidecar, never is.
+    with pytest.raises(ShardError) as raised:
+        verification.check_complete(served, cut_is_corrupt=True)
+    assert "part-0001.tar" not in str(raised.value)
+    assert "part-0002.tar" in str(raised.value) and "part-0003.idx" in str(raised.value)
 
 
 def test_a_shard_of_any_number_of_samples_is_verified_in_pieces(tmp_path, monkeypatch):
