@@ -87,10 +87,10 @@ def describe(plan: Plan) -> str:
     updates = -(-train.total_images // train.batch_size)
     return "\n".join(
         [
-            config_file.to_yaml(config).rstrip(),
+            config_file.to_yaml(config_file.without_secrets(config)).rstrip(),
             "",
             f"run          {plan.name} in {plan.store}",
-            f"tracking     {plan.tracking}",
+            f"tracking     {storage.shown(plan.tracking)}",
             f"workers      {'this process' if plan.local else f'{plan.workers} (Ray Train)'}",
             f"parameters   {count_parameters(model):,}",
             f"latents      {_latents(model)}",
@@ -207,4 +207,4 @@ def _flags(plan: Plan) -> str:
     """The flags that make another command look where this run was put."""
     store = "" if plan.store == stores.locate(None) else f" --store {quote(plan.store)}"
     same = plan.tracking == tracking_uri(plan.store, None)
-    return store + ("" if same else f" --tracking {quote(plan.tracking)}")
+    return store + ("" if same else f" --tracking {quote(storage.shown(plan.tracking))}")

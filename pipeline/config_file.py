@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from nvae.config import problems as model_problems
-from pipeline import config_yaml
+from pipeline import config_yaml, storage
 from pipeline.config import RULES, RunConfig
 from pipeline.errors import InputError
 from pipeline.settings import Setting, flatten, nearest, resumable, section_names, settings
@@ -83,6 +83,12 @@ def from_mapping(mapping: Mapping[str, Any], origin: str = "configuration") -> R
 def to_mapping(config: RunConfig) -> dict[str, Any]:
     """Nested mappings of plain values, as in YAML and JSON."""
     return config.model_dump(mode="json")
+
+
+def without_secrets(config: RunConfig) -> RunConfig:
+    """The configuration as it may be written down: no password or signature in the place of the data."""
+    data = config.data.model_copy(update={"root": storage.shown(config.data.root)})
+    return config.model_copy(update={"data": data})
 
 
 def to_yaml(config: RunConfig) -> str:

@@ -83,9 +83,9 @@ def begin(prepared: Prepared) -> RunSpec:
     record = RunRecord(
         name=prepared.name,
         created=record.created if record else run_folder.now(),
-        config=config_file.to_mapping(prepared.config),
+        config=config_file.to_mapping(config_file.without_secrets(prepared.config)),
         data_hash=prepared.data.content_hash,
-        tracking_uri=prepared.tracking_uri,
+        tracking_uri=storage.shown(prepared.tracking_uri),
         mlflow_run_id=run_id,
         parent=prepared.parent,
         initial_model=prepared.initial_model,
@@ -96,9 +96,9 @@ def begin(prepared: Prepared) -> RunSpec:
         name=record.name,
         store=prepared.store,
         url=prepared.url,
-        config=record.config,
+        config=config_file.to_mapping(prepared.config),
         data_hash=record.data_hash,
-        tracking_uri=record.tracking_uri,
+        tracking_uri=prepared.tracking_uri,
         mlflow_run_id=record.mlflow_run_id,
         initial_model=record.initial_model,
     )

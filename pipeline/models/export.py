@@ -121,7 +121,9 @@ def export(
         url,
         {
             WEIGHTS: weights,
-            CONFIG: json.dumps(config_file.to_mapping(config), indent=2).encode(),
+            CONFIG: json.dumps(
+                config_file.to_mapping(config_file.without_secrets(config)), indent=2
+            ).encode(),
             SAMPLES: png(grid(images)),
         }.items(),
         format=FORMAT,

@@ -286,7 +286,7 @@ def save(training: Training, state: TrainState, scores: Mapping[str, float]) -> 
     """Write a checkpoint in the background; all ranks tell whoever started them."""
     if training.checkpoints is not None:
         record = {
-            "config": config_file.to_mapping(training.config),
+            "config": config_file.to_mapping(config_file.without_secrets(training.config)),
             "data_hash": training.data.content_hash,
             "updates": int(state.ema.n_averaged),
             "best": state.best if math.isfinite(state.best) else None,

@@ -18,6 +18,7 @@ from pipeline.config_file import (
     load,
     to_mapping,
     to_yaml,
+    without_secrets,
 )
 from pipeline.settings import flatten, nearest, schema, settings
 
@@ -309,6 +310,16 @@ def test_changes_of_identity_are_told_from_resumable_ones(tmp_path):
         ("train.batch_size", 10, 20),
     ]
     assert identity_changes(old, new) == [("model.latent_channels", 20, 4)]
+
+
+def test_a_password_or_signature_of_the_data_is_not_written_down(tmp_path):
+    root = "https://user:hunter2@host/set?X-Amz-Signature=hunter2"
+    config = load(write(tmp_path, COMPLETE), [f"data.root={root}"])
+    assert config.data.root == root
+    written = without_secrets(config)
+    assert "hunter2" not in to_yaml(written)
+    assert identity_changes(config, written) == []
+    assert without_secrets(load(write(tmp_path, COMPLETE), [])).data.root == "/shards"
 
 
 def test_explain_says_what_a_setting_means_and_which_presets_set_it_to_what():
