@@ -12,7 +12,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export MLFLOW_DISABLE_TELEMETRY := true
 
 .DEFAULT_GOAL := help
-.PHONY: help train test lint campaign bench-data bench-formats clean
+.PHONY: help train test lint campaign faults-data bench-data bench-formats clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-15s%s\n", $$1, $$2}' Makefile
@@ -32,6 +32,9 @@ lint: .venv/installed  ## style, types and import contracts alone
 
 campaign: .venv/installed .venv-s3/installed  ## the long tests: faults, restores, installation from a wheel
 	$(BIN)/python -m pytest -m campaign
+
+faults-data: .venv/installed .venv-s3/installed  ## faults and hostile inputs of the data path: tried, survived
+	$(BIN)/python -m tests.faults.data $(if $(ONLY),--only $(ONLY))
 
 bench-data: .venv/installed .venv-s3/installed  ## the loader beside stock WebDataset and the machine's bounds
 	$(BIN)/python -m tests.benchmarks.data

@@ -20,6 +20,7 @@ import torch
 
 from tests.faults import data_corruption as corruption
 from tests.faults import data_resources as resources
+from tests.faults import data_secrets as secrets
 from tests.faults import data_security as security
 from tests.faults import data_sources as sources
 from tests.faults import data_transport as transport
@@ -44,7 +45,9 @@ ROWS: dict[str, Callable[[Place], Row]] = {
     "S2": security.checkpoints,
     "S3": security.tars,
     "S4": security.registered_models,
+    "S5": secrets.left_behind,
     "S6": security.configurations,
+    "S7": secrets.modes,
 }
 
 
