@@ -59,6 +59,7 @@ def test_two_workers_see_the_images_of_one_and_stay_one_model(home: Home, cluste
     )
 
 
+@pytest.mark.campaign
 def test_a_users_mistake_in_a_worker_reaches_the_user_at_once(
     home: Home, cluster: None, tmp_path: Path, capfd: Capture
 ) -> None:
