@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from pipeline.data.cache import PieceCache
 from pipeline.data.index import SPLITS, Index
 from tests.faults.injection import Place, Row, Tally, assert_exact, noise, plan_of, read
 from tests.pipeline.data.data_set import config
@@ -133,15 +132,6 @@ def killed_writer(folder: Path, seconds: float) -> None:
             content = path.read_bytes()
             assert hashlib.sha256(content).hexdigest() == path.name.split("_")[1], path
             path.unlink()
-
-
-def write_for_ever() -> None:
-    cache, number = PieceCache(Path(sys.argv[1]), 2**26), 0
-    print("x", end="", flush=True)
-    while True:
-        data = bytes([number % 256]) * 300_000
-        cache.put(f"foreign_{hashlib.sha256(data).hexdigest()}_{number}", data)
-        number += 1
 
 
 def starts(place: Place) -> Row:
