@@ -57,7 +57,7 @@ class MadeBatch:
     def __init__(self, task: Task, images: Tensor) -> None:
         self.task = task
         self.images = images
-        """(b, C, H, W) uint8; zeros where a sample was lost."""
+        """(b, C, H, W) uint8; anything where a sample was lost."""
         self.keys = [""] * len(images)
         self.lost: dict[int, CorruptSampleError] = {}
         """What could not be had, by row."""
@@ -150,7 +150,9 @@ class Production:
 
     def _decode(self, task: Task, samples: list[PendingSample]) -> MadeBatch:
         shape = (len(samples), self._recipe.channels, self._recipe.size, self._recipe.size)
-        images = torch.zeros(shape, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+        images = torch.empty(shape, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+        if self._recipe.border:
+            images.zero_()
         made = MadeBatch(task, images)
         pixels: Pixels = images.numpy()
         for row, sample in enumerate(samples):

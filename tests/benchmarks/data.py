@@ -1,7 +1,7 @@
 """Images/s of our loader beside stock WebDataset and beside what the machine allows.
 
     make bench-data
-    python -m tests.benchmarks.data --faces FOLDER --format webp --source s3
+    python -m tests.benchmarks.data --faces FOLDER --format png --source s3
 
 One run builds a data set of procedural portraits (so that anybody can repeat it) and reads it
 from the local disk and from a real S3 server on this machine. In each round every contender
@@ -172,7 +172,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--images", type=int, default=1536, help="procedural portraits")
     parser.add_argument("--faces", type=Path, help="read the images of this folder instead")
     parser.add_argument("--size", type=int, default=256, help="height and width of the images")
-    parser.add_argument("--format", choices=FORMATS, default="png")
+    parser.add_argument("--format", choices=FORMATS, default="webp")
     parser.add_argument("--source", choices=("local", "s3", "both"), default="both")
     parser.add_argument("--shards", type=int, default=8)
     parser.add_argument("--batch", type=int, default=32)
