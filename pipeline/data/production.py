@@ -11,6 +11,7 @@ have to carry a store's client through a fork.
 Memory besides the reader's: `prefetch_batches` + 1 batches of pixels.
 """
 
+import math
 import weakref
 from collections import deque
 from collections.abc import Iterable
@@ -20,6 +21,7 @@ from functools import partial
 from queue import SimpleQueue
 from threading import Event, Lock, Thread
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -96,6 +98,29 @@ class _Job:
     out: Pixels
 
 
+class _BatchMemory:
+    """Memory of batches that nobody has any more, for new ones: fresh pages cost more than filling them.
+
+    Pinned memory is torch's to keep, which does the same.
+    """
+
+    def __init__(self) -> None:
+        self._free: list[Pixels] = []
+
+    def tensor(self, shape: tuple[int, ...]) -> Tensor:
+        """An uint8 tensor of anything."""
+        if torch.cuda.is_available():
+            return torch.empty(shape, dtype=torch.uint8, pin_memory=True)
+        size = math.prod(shape)
+        memory: Pixels = self._free.pop() if self._free else np.empty(size, np.uint8)
+        if len(memory) < size:
+            memory = np.empty(size, np.uint8)
+        view = memory[:size].reshape(shape)
+        # A tensor's storage and whatever shares it keep the view alive, and nothing else does.
+        weakref.finalize(view, self._free.append, memory).atexit = False
+        return torch.from_numpy(view)
+
+
 class Production:
     """Makes the batches of `tasks`, in order; `begin` is for one thread, close it at the end."""
 
@@ -112,6 +137,7 @@ class Production:
         self._tasks = iter(tasks)
         self._requested: deque[tuple[Task, list[PendingSample]]] = deque()
         self._ahead = _samples_ahead(index, split)
+        self._memory = _BatchMemory()
         self._planner = ThreadPoolExecutor(1, "plan")
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
         self._is_closed = Event()
@@ -149,8 +175,8 @@ class Production:
             return
 
     def _decode(self, task: Task, samples: list[PendingSample]) -> MadeBatch:
-        shape = (len(samples), self._recipe.channels, self._recipe.size, self._recipe.size)
-        images = torch.empty(shape, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+        size = self._recipe.size
+        images = self._memory.tensor((len(samples), self._recipe.channels, size, size))
         if self._recipe.border:
             images.zero_()
         made = MadeBatch(task, images)

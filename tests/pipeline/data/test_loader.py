@@ -420,3 +420,16 @@ def test_a_data_set_without_training_images_or_with_too_many_workers_is_refused(
     with pytest.raises(ShardError, match="no training images"):
         training_batches(config(), empty, rank=0, world_size=1, start=0, stop=100)
     assert list(evaluation_batches(config(), empty, rank=0, world_size=1, batch_size=4)) == []
+
+
+def test_a_batch_that_is_kept_is_never_written_to_again(index):
+    """Its memory is used anew only when nobody has the batch, or a view of it, any more."""
+    kept = []
+    for number, batch in enumerate(
+        training_batches(config(batch_size=4), index, rank=0, world_size=1, start=0, stop=400)
+    ):
+        view = {0: batch.images, 1: batch.images[1:, 0], 2: batch.images.numpy()[::2]}.get(number % 5)
+        if view is not None:
+            kept.append((view, np.asarray(view).copy()))
+    assert len(kept) == 60
+    assert all(np.array_equal(view, before) for view, before in kept)
