@@ -48,7 +48,7 @@ FACES = Path(os.environ.get("NVAE_FACES") or REPOSITORY.parent / "shared/data/fa
 SIZE = 256
 BASELINE = ("PNG", "Pillow")
 THREADS = (1, 2)
-# Levels of libwebp's own scale from 0 to 9, as method and quality; `nvae shards build` writes 4.
+# Levels of libwebp's own scale from 0 to 9, as method and quality; `nvae shards build` writes 0.
 # Level 9 took 2 s an image and saved no byte.
 WEBP_LEVELS = {0: (0, 0), 4: (3, 50), 6: (4, 75)}
 
@@ -103,9 +103,9 @@ def saved(kind: str, **options: Any) -> Encoder:
     return encode
 
 
-def as_built(pixels: Pixels) -> bytes:
-    """As `nvae shards build` stores pixels."""
-    return images.prepare(pixels, len(pixels), 3, "none").data
+def built_as(form: images.Format) -> Encoder:
+    """As `nvae shards build --format` stores pixels."""
+    return lambda pixels: images.prepare(pixels, len(pixels), 3, "none", form).data
 
 
 def webp_lossless(level: int) -> Encoder:
@@ -200,14 +200,14 @@ def formats(optional: dict[str, dict[str, Decoder]]) -> list[Format]:
     own: dict[str, Decoder] = {"Pillow": pillow}
     png, webp, jpeg = (own | optional[kind] for kind in ("PNG", "WebP", "JPEG"))
     return [
-        Format("PNG", as_built, png),
+        Format("PNG", built_as("png"), png),
         Format("PNG, effort 1", saved("PNG", compress_level=1), png),
         Format("PNG, optimized", saved("PNG", optimize=True), png),
         *(Format(f"WebP lossless {level}", webp_lossless(level), webp) for level in WEBP_LEVELS),
         Format("JPEG 95", saved("JPEG", quality=95), jpeg, lossless=False),
-        Format("raw (PPM)", saved("PPM"), {"Pillow": pillow, "numpy": from_ppm}),
+        Format("raw (PPM)", built_as("raw"), {"Pillow": pillow, "numpy": from_ppm}),
         Format("raw, planar", planar, {"numpy": from_planar}),
-        Format("5-bit PNG", as_built, png, bits=5),
+        Format("5-bit PNG", built_as("png"), png, bits=5),
         Format("5-bit WebP lossless 0", webp_lossless(0), webp, bits=5),
         Format("5-bit WebP lossless 6", webp_lossless(6), webp, bits=5),
         Format("5-bit packed", bit_planes, {"numpy": from_bit_planes}, bits=5),
