@@ -11,7 +11,7 @@ import numpy as np
 from pipeline.data.index import Shard, Sidecar
 from pipeline.data.tars import IMAGE_EXTENSIONS, read_sample
 
-PIECE_BYTES = 2 * 2**20
+PIECE_BYTES = 4 * 2**20
 # Bytes between two samples that are rather fetched than asked around by another request.
 _WIDEST_GAP = 2**18
 
@@ -27,9 +27,21 @@ class Piece:
 
 def grid_piece(number: int, shard: Shard, sample: int) -> Piece:
     """The piece of about PIECE_BYTES with `sample` in it, if shard `number` is cut into such pieces."""
-    length = max(PIECE_BYTES * shard.samples // max(shard.bytes, 1), 1)
+    length = _samples_per_piece(shard)
     begin = sample // length * length
     return Piece(number, begin, min(begin + length, shard.samples))
+
+
+def part(whole: Piece, shard: Shard, sample: int) -> Piece:
+    """The part with `sample` in it, if `whole` is cut into as few equal parts of PIECE_BYTES as possible."""
+    count = whole.end - whole.first
+    length = -(-count // -(-count // _samples_per_piece(shard)))
+    begin = whole.first + (sample - whole.first) // length * length
+    return Piece(whole.shard, begin, min(begin + length, whole.end))
+
+
+def _samples_per_piece(shard: Shard) -> int:
+    return max(PIECE_BYTES * shard.samples // max(shard.bytes, 1), 1)
 
 
 def runs(piece: Piece, sidecar: Sidecar) -> Iterator[Piece]:

@@ -1,12 +1,14 @@
 """Verified samples out of the shards, fetched ahead.
 
 The plan says which sample is needed at which position and which of its neighbours the same
-lane will need soon (its window). A window is fetched in pieces of about two megabytes: one
-range request each, in the order in which they are first needed. Nothing is delivered but
+lane will need soon (its window). A window is fetched in pieces of up to four megabytes: one
+range request each, in the order in which they are first needed; smaller ones cost a server more
+than they deliver, larger ones let the second batch of a run wait. Nothing is delivered but
 samples whose checksum is what the sidecar says, out of a sidecar that is what the index says.
 A piece with a sample that differs is fetched once more, and so is a sidecar; then that sample,
 and only it, is corrupt (data/corruption.py). So neither a cut tar, nor a replaced one, nor a
-bit that fell over goes unnoticed.
+bit that fell over goes unnoticed. (CRC-32 tells accidents. Who may write to the store could forge
+it; `nvae shards verify` compares the SHA-256 of whole shards.)
 
 The very first sample of each lane is fetched by itself, before the piece around it: a run
 begins when a batch has arrived, not when the windows of all lanes have.
@@ -38,9 +40,9 @@ from pipeline.data.pieces import Piece
 from pipeline.data.plan import Places
 
 FETCH_THREADS = 16
-"""Requests under way at once: at 100 ms each, 160 pieces or 320 MB a second."""
-_SIDECAR_SAMPLES_KEPT = 2**20
-"""Samples that the sidecars in memory describe together; up to about 60 bytes each."""
+"""Requests under way at once: at 100 ms each, 160 pieces or 640 MB a second."""
+_SIDECAR_BYTES_KEPT = 512 * 2**20
+"""Of the sidecars in memory, about 50 bytes per sample: those of ten million."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,11 +94,11 @@ class Reader:
         )
         self._windows: dict[int, tuple[int, dict[Piece, Future[_Spans]]]] = {}
         self._sidecars: OrderedDict[int, Future[Sidecar]] = OrderedDict()
-        self._sidecar_samples = 0
+        self._sidecar_bytes = 0
         self._lock = threading.Lock()
         self._stripes = [threading.Lock() for _ in range(1024)]
         self.transferred_bytes = 0
-        """Out of shards, from the store; damaged and repeated transfers included."""
+        """From the store: shards and sidecars, damaged and repeated transfers included."""
         self.cached_bytes = 0
         """Out of the cache, undamaged."""
 
@@ -130,10 +132,12 @@ class Reader:
             alone = Piece(shard, sample, sample + 1)
             return PendingSample(self._pool.submit(self._fetch, alone, alone, None), sample)
         known = self._windows[lane][1]
-        whole = pieces.grid_piece(shard, self._shards[shard], sample)
-        wanted = Piece(shard, max(whole.first, first), min(whole.end, end))
+        if self._cache is None:
+            wanted = fetched = pieces.part(Piece(shard, first, end), self._shards[shard], sample)
+        else:
+            fetched = pieces.grid_piece(shard, self._shards[shard], sample)
+            wanted = Piece(shard, max(fetched.first, first), min(fetched.end, end))
         if wanted not in known:
-            fetched = wanted if self._cache is None else whole
             known[wanted] = self._pool.submit(self._fetch, wanted, fetched, self._cache)
         return PendingSample(known[wanted], sample)
 
@@ -173,11 +177,11 @@ class Reader:
 
     def _out_of_cache(self, name: str, run: Piece, sidecar: Sidecar, cache: PieceCache) -> bytes | None:
         """The undamaged bytes of `run`; a damaged entry is dropped."""
-        data = cache.get(name)
+        start, end = pieces.byte_range(run, sidecar)
+        data = cache.get(name, end - start)
         if data is None:
             return None
-        start, end = pieces.byte_range(run, sidecar)
-        if len(data) != end - start or pieces.damage(data, run, sidecar):
+        if pieces.damage(data, run, sidecar):
             cache.drop(name)
             return None
         with self._lock:
@@ -212,10 +216,10 @@ class Reader:
             mine = number not in self._sidecars
             future = self._sidecars.setdefault(number, Future())
             self._sidecars.move_to_end(number)
-            self._sidecar_samples += self._shards[number].samples if mine else 0
-            while self._sidecar_samples > _SIDECAR_SAMPLES_KEPT and len(self._sidecars) > FETCH_THREADS:
+            self._sidecar_bytes += self._shards[number].sidecar_bytes if mine else 0
+            while self._sidecar_bytes > _SIDECAR_BYTES_KEPT and len(self._sidecars) > FETCH_THREADS:
                 oldest, _ = self._sidecars.popitem(last=False)
-                self._sidecar_samples -= self._shards[oldest].samples
+                self._sidecar_bytes -= self._shards[oldest].sidecar_bytes
         if mine:
             try:
                 future.set_result(self._fetch_sidecar(self._shards[number]))
@@ -224,6 +228,8 @@ class Reader:
         return future.result()
 
     def _fetch_sidecar(self, shard: Shard) -> Sidecar:
+        with self._lock:
+            self.transferred_bytes += shard.sidecar_bytes
         try:
             return read_sidecar(self._index, shard)
         except ShardError:

@@ -36,15 +36,18 @@ class Place:
 
 @contextmanager
 def places(
-    sources: list[str], source_of_images: str, *, size: int, format: str, num_shards: int
+    sources: list[str], source_of_images: str, *, size: int, format: str, num_shards: int, copies: int
 ) -> Iterator[list[Place]]:
     """The same data set in each of `sources`; all of it is removed at the end.
 
-    `source_of_images` is what `nvae shards build` takes: portraits:2048, or a folder.
+    `source_of_images` is what `nvae shards build` takes: portraits:2048, or a folder. Each image is
+    in the data set `copies` times.
     """
     with tempfile.TemporaryDirectory(prefix="nvae-bench-data-") as name:
         folder = Path(name)
-        index = build(source_of_images, folder, size=size, format=format, num_shards=num_shards)
+        index = build(
+            source_of_images, folder, size=size, format=format, num_shards=num_shards, copies=copies
+        )
         found = [Place("local", index.root, None)] if "local" in sources else []
         if "s3" not in sources:
             yield found
@@ -58,12 +61,12 @@ def places(
             yield [*found, Place("s3", root, server.process)]
 
 
-def build(source: str, folder: Path, *, size: int, format: str, num_shards: int) -> Index:
+def build(source: str, folder: Path, *, size: int, format: str, num_shards: int, copies: int) -> Index:
     """Images of `source` in `num_shards` shards of equally many images, stored in `format`."""
     built = shards.build(source, str(folder / "built"), image_size=size, validation_fraction=0).index
     _, encoded = contents(built.root)
     with ThreadPoolExecutor() as pool:
-        stored = list(pool.map(lambda data: converted(data, size, format), encoded))
+        stored = copies * list(pool.map(lambda data: converted(data, size, format), encoded))
     root = folder / "images"
     root.mkdir()
     per_shard = -(-len(stored) // num_shards)

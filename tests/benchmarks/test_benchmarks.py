@@ -23,9 +23,9 @@ def test_every_format_and_decoder_gives_back_the_pixels_and_has_a_row():
 
 
 def test_a_decoder_of_other_pixels_is_refused():
-    format = formats.Format("PNG", formats.as_built, {"wrong": lambda data: formats.pillow(data) ^ 1})
+    format = formats.Format("PNG", formats.built_as("png"), {"wrong": lambda data: formats.pillow(data) ^ 1})
     picture = formats.pictures_of(None, 1)[0]
-    row = formats.Row(format, "wrong", [formats.as_built(picture)])
+    row = formats.Row(format, "wrong", [formats.built_as("png")(picture)])
     with pytest.raises(ValueError, match="other pixels"):
         formats.check(row, [picture])
 
