@@ -70,7 +70,7 @@ class DataConfig(Section):
     cache_folder: str | None = Field(None, pattern=r"^(/|~/)", json_schema_extra=RESUMABLE)
     """Absolute path of a folder on a local disk for a cache of what was fetched, which all
     workers of a machine share. None: no cache; data on a local disk are never cached."""
-    cache_gib: float = Field(20, gt=0, json_schema_extra=RESUMABLE)
+    cache_gib: float = Field(20, ge=0.1, json_schema_extra=RESUMABLE)
     """GiB that the cache never exceeds; what was not used for longest makes room."""
 
 

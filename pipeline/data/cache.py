@@ -14,16 +14,21 @@ writes beside the final name and renames. The ledger is invalid while that goes 
 is killed, the next one counts the files anew and deletes half-written ones, which nobody else
 can be writing. Making room frees a tenth of the budget at once, so that it is rarely needed.
 
+Checksums find damage, not malice: whoever may write to the folder could plant images. So a
+folder that is not its owner's alone is neither written nor read, and of what lies in it only a
+regular file of the same owner, of just the size of the piece, is opened at all.
+
 A cache is a convenience. Whatever is wrong with its folder (full, over quota, read-only, not
-ours), the run reads on from the store and says so once. A writer that finds the lock taken for
-a second keeps nothing rather than wait.
+ours), the run reads on from the store and says so, once for each process and folder. A writer
+that finds the lock taken for a second keeps nothing rather than wait.
 """
 
+import errno
 import fcntl
 import logging
 import os
+import stat
 import struct
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -39,6 +44,11 @@ _LEDGER = "ledger"
 # A total is stored twice, the second time with all bits turned: zeros are no valid ledger.
 _TOTAL = struct.Struct("<QQ")
 _ALL_BITS = 2**64 - 1
+# What opening a link or a socket answers to those who want a file.
+_NO_FILE = (errno.ELOOP, errno.ENXIO)
+
+# Folders that this process has complained about.
+_complaints: dict[Path, object] = {}
 
 
 class PieceCache:
@@ -50,25 +60,32 @@ class PieceCache:
 
     def __init__(self, folder: Path, budget_bytes: int) -> None:
         self._folder, self._budget = folder / "nvae-pieces", budget_bytes
-        self._warned = threading.Lock()
-        self._is_writable = True
+        self._is_readable = self._is_writable = True
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with suppress(FileExistsError):
                 self._folder.mkdir(mode=0o700)
             self._check_privacy()
         except OSError as error:
-            self._stop_writing(error)
+            self._stop(error)
 
-    def get(self, name: str) -> bytes | None:
-        """The piece of that name, which is thereby the last to be deleted; None if it is not there."""
+    def get(self, name: str, size: int) -> bytes | None:
+        """The piece of that name, which is thereby the last to be deleted; None if it is not there.
+
+        What has that name and is no file of ours of `size` bytes is dropped.
+        """
+        if not self._is_readable:
+            return None
         path = self._folder / name
         try:
-            data = path.read_bytes()
+            data = _read_own(path, size)
         except FileNotFoundError:
             return None
         except OSError as error:
-            self._stop_writing(error)
+            self._stop(error)
+            return None
+        if data is None:
+            self.drop(name)
             return None
         # Another process may just have deleted it; a folder that cannot be written keeps its times.
         with suppress(OSError):
@@ -147,27 +164,57 @@ class PieceCache:
     @contextmanager
     def _locked_ledger(self) -> Iterator[int | None]:
         """A descriptor of the ledger, locked against threads and processes; None if it stays taken."""
-        descriptor = os.open(self._folder / _LEDGER, os.O_RDWR | os.O_CREAT, 0o600)
+        descriptor = os.open(self._folder / _LEDGER, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         try:
             yield descriptor if _locked(descriptor) else None
         finally:
             os.close(descriptor)
 
     def _check_privacy(self) -> None:
-        facts = self._folder.stat()
+        facts = self._folder.lstat()
+        if not stat.S_ISDIR(facts.st_mode):
+            raise NotADirectoryError(0, "it is a link or a file: delete it, or name another")
         if facts.st_uid != os.getuid() or facts.st_mode & 0o077:
-            raise PermissionError(0, "others may write to it: delete it, or name another", str(self._folder))
+            raise PermissionError(0, "it is not its owner's alone: delete it, or name another")
+
+    def _stop(self, error: OSError) -> None:
+        """Neither read nor write from now on."""
+        self._is_readable = self._is_writable = False
+        self._complain("cannot be used", error)
 
     def _stop_writing(self, error: OSError) -> None:
-        """Only read from now on; said once."""
+        """Only read from now on."""
         self._is_writable = False
-        if self._warned.acquire(blocking=False):
+        self._complain("can only be read", error)
+
+    def _complain(self, problem: str, error: OSError) -> None:
+        # Each evaluation has a cache object of its own; threads share one.
+        mine = object()
+        if _complaints.setdefault(self._folder, mine) is mine:
             logger.warning(
-                "The data cache %s cannot be used (%s). Training goes on, reading from the store. "
+                "The data cache %s %s (%s). Training goes on, reading from the store. "
                 "Make room or name another data.cache_folder; it may be set when a run continues.",
                 self._folder,
+                problem,
                 error.strerror or error,
             )
+
+
+def _read_own(path: Path, size: int) -> bytes | None:
+    """The content of a regular file of our own, of `size` bytes; None if it is anything else."""
+    try:
+        # Without waiting for whoever writes to a pipe.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno in _NO_FILE:
+            return None
+        raise
+    with os.fdopen(descriptor, "rb") as file:
+        facts = os.fstat(descriptor)
+        if not stat.S_ISREG(facts.st_mode) or facts.st_uid != os.getuid() or facts.st_size != size:
+            return None
+        data = file.read(size)
+    return data if len(data) == size else None
 
 
 def _locked(descriptor: int) -> bool:

@@ -4,6 +4,7 @@ import hashlib
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from pipeline.data.cache import PieceCache
 from pipeline.data.index import TRAIN, Index, load_index
@@ -20,6 +22,8 @@ from tests.pipeline.data.web_server import Change, serving
 
 BLOCK = 4096
 BUDGET = 64 * BLOCK
+PIECE = bytes(range(200))
+as_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can give files away")
 
 # What a process of a run does: keep and ask for pieces whose content follows from their name.
 WORKER = """
@@ -32,7 +36,7 @@ print("begun", flush=True)
 for _ in range(rounds) if rounds else itertools.count():
     name = str(choose.randrange(60))
     whole = hashlib.sha256(name.encode()).digest() * (int(name) * 16)
-    found = cache.get(name)
+    found = cache.get(name, len(whole))
     assert found in (None, whole), f"{name} is wrong"
     if found is None:
         cache.put(name, whole)
@@ -75,7 +79,7 @@ def assert_sound(folder: Path) -> None:
     assert not [name for name in names(folder) if name.endswith(".partial")]
     assert occupied(folder) <= BUDGET
     for name in names(folder) - {"1000"}:
-        assert cache.get(name) == content(name)
+        assert cache.get(name, len(content(name))) == content(name)
 
 
 def test_several_processes_share_a_folder_within_the_budget(tmp_path):
@@ -114,7 +118,7 @@ def test_what_was_not_used_for_longest_makes_room(tmp_path):
         cache.put(str(number), bytes(BLOCK))
         os.utime(tmp_path / "nvae-pieces" / str(number), (number, number))
     assert len(names(tmp_path)) == 10
-    assert cache.get("0") == bytes(BLOCK)
+    assert cache.get("0", BLOCK) == bytes(BLOCK)
     cache.put("10", bytes(BLOCK))
     assert {"0", "10"} <= names(tmp_path)
     assert "1" not in names(tmp_path)
@@ -127,14 +131,97 @@ def test_what_exceeds_the_budget_by_itself_is_not_kept_and_nothing_makes_room_fo
     assert names(tmp_path) == {"small"}
 
 
-def test_the_folder_is_for_its_owner_alone_and_one_that_is_not_stays_unused(tmp_path, caplog):
-    PieceCache(tmp_path, BUDGET)
-    folder = tmp_path / "nvae-pieces"
-    assert folder.stat().st_mode & 0o777 == 0o700
+@pytest.fixture
+def planted(tmp_path: Path) -> Path:
+    """A cache folder with a piece "1" in it."""
+    PieceCache(tmp_path, BUDGET).put("1", PIECE)
+    return tmp_path / "nvae-pieces"
+
+
+def opened_by_others(folder: Path) -> None:
     folder.chmod(0o777)
-    PieceCache(tmp_path, BUDGET).put("1", content("1"))
-    assert names(tmp_path) == set()
-    assert "others may write to it" in caplog.text
+
+
+def readable_by_a_group(folder: Path) -> None:
+    folder.chmod(0o750)
+
+
+def of_another_owner(folder: Path) -> None:
+    os.chown(folder, 12345, -1)
+
+
+def linked_from_elsewhere(folder: Path) -> None:
+    folder.rename(folder.parent / "elsewhere")
+    folder.symlink_to(folder.parent / "elsewhere")
+
+
+@as_root
+@pytest.mark.parametrize(
+    "spoil", [opened_by_others, readable_by_a_group, of_another_owner, linked_from_elsewhere]
+)
+def test_a_folder_that_is_not_its_owners_alone_is_neither_read_nor_written_nor_cleared(
+    spoil, planted, caplog
+):
+    assert planted.stat().st_mode & 0o777 == 0o700
+    spoil(planted)
+    before = {path.name: path.read_bytes() for path in planted.iterdir()}
+    cache = PieceCache(planted.parent, BUDGET)
+    assert cache.get("1", len(PIECE)) is None
+    cache.put("2", PIECE)
+    cache.drop("1")
+    assert {path.name: path.read_bytes() for path in planted.iterdir()} == before
+    assert "cannot be used" in caplog.text
+
+
+def a_pipe(entry: Path) -> None:
+    os.mkfifo(entry)
+
+
+def a_link(entry: Path) -> None:
+    (entry.parent.parent / "target").write_bytes(PIECE)
+    entry.symlink_to(entry.parent.parent / "target")
+
+
+def a_sparse_file_of_a_tebibyte(entry: Path) -> None:
+    entry.touch()
+    os.truncate(entry, 2**40)
+
+
+def a_file_of_another_owner(entry: Path) -> None:
+    entry.write_bytes(PIECE)
+    os.chown(entry, 12345, -1)
+
+
+def a_socket(entry: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as bound:
+        bound.bind(str(entry))
+
+
+@as_root
+@pytest.mark.parametrize(
+    "plant", [a_pipe, a_link, a_sparse_file_of_a_tebibyte, a_file_of_another_owner, a_socket]
+)
+def test_what_is_no_file_of_ours_of_the_right_size_is_not_read_but_replaced(plant, planted, caplog):
+    (planted / "1").unlink()
+    plant(planted / "1")
+    cache = PieceCache(planted.parent, BUDGET)
+    assert cache.get("1", len(PIECE)) is None
+    cache.put("1", PIECE)
+    assert cache.get("1", len(PIECE)) == PIECE
+    assert (planted / "1").lstat().st_size == len(PIECE)
+    assert caplog.text == ""
+
+
+def test_a_folder_is_complained_about_once_in_a_process_however_many_readers_come(planted, caplog):
+    planted.chmod(0o777)
+    for _ in range(3):
+        PieceCache(planted.parent, BUDGET).put("2", PIECE)
+    assert ["cannot be used" in record.message for record in caplog.records] == [True]
+
+
+def test_a_cache_too_small_for_a_piece_is_refused_as_a_setting():
+    with pytest.raises(ValidationError, match="cache_gib"):
+        config(cache_gib=0.001)
 
 
 # --- disks that are full or locked ------------------------------------------------------------
@@ -162,7 +249,7 @@ def test_on_a_full_disk_everything_kept_is_whole_and_the_run_goes_on(small_disk,
     for number in range(40):
         cache.put(str(number), content(str(number)))
     assert 5 < len(names(small_disk)) < 40
-    assert all(cache.get(name) == content(name) for name in names(small_disk))
+    assert all(cache.get(name, len(content(name))) == content(name) for name in names(small_disk))
     assert ["No space left" in record.message for record in caplog.records] == [True]
 
 
@@ -173,7 +260,7 @@ def test_a_disk_that_became_read_only_is_still_read(small_disk, caplog):
     cache.put("2", content("2"))
     cache.put("3", content("3"))
     cache.drop("1")
-    assert (cache.get("1"), cache.get("2")) == (content("1"), None)
+    assert (cache.get("1", len(content("1"))), cache.get("2", len(content("2")))) == (content("1"), None)
     assert ["Read-only" in record.message for record in caplog.records] == [True]
     PieceCache(small_disk, 2**30).put("2", content("2"))
 
@@ -183,7 +270,7 @@ def test_a_quota_that_is_reached_leaves_no_half_piece(tmp_path):
     command = [sys.executable, "-c", limited, str(tmp_path), str(BUDGET), "1", "200"]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ended.returncode == 0
-    assert ended.stderr.count("cannot be used (File too large)") == 1
+    assert ended.stderr.count("can only be read (File too large)") == 1
     assert all((tmp_path / "nvae-pieces" / name).read_bytes() == content(name) for name in names(tmp_path))
 
 
@@ -191,7 +278,7 @@ def test_a_place_that_cannot_hold_a_folder_is_named_once(tmp_path, caplog):
     (tmp_path / "file").touch()
     cache = PieceCache(tmp_path / "file", BUDGET)
     cache.put("1", content("1"))
-    assert cache.get("1") is None
+    assert cache.get("1", len(content("1"))) is None
     assert [str(tmp_path / "file") in record.message for record in caplog.records] == [True]
 
 
