@@ -40,7 +40,7 @@ def index(urls: Sequence[str], store: str | None, **options: Any) -> str:
     index = report.index
     lines = []
     if report.already_there:
-        lines.append("Already there, complete; nothing was written.")
+        lines.append("Already there; nothing was read or written (`nvae shards verify` checks every byte).")
     if index.rejected:
         lines.append(f"Left out {index.rejected:,} of the tars' samples:")
         lines += [f"  {reason}" for reason in shards.reasons(report.rejected, _REASONS_SHOWN)]

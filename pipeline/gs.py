@@ -6,6 +6,7 @@ so that bytes of two versions are never joined.
 """
 
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -57,17 +58,27 @@ def exists(url: str) -> bool:
 
 def entries(url: str) -> dict[str, int | None]:
     """Size of each object directly in the folder `url` by name; None for folders."""
+    listed = _listed(url).items()
+    return {name: int(about["size"]) if about["type"] == "file" else None for name, about in listed}
+
+
+def times(url: str) -> dict[str, int]:
+    """When each object directly in the folder `url` was written, in nanoseconds since 1970, by name."""
+    files = {name: about for name, about in _listed(url).items() if about["type"] == "file"}
+    return {
+        name: int(datetime.fromisoformat(about["updated"]).timestamp()) * 10**9
+        for name, about in files.items()
+    }
+
+
+def _listed(url: str) -> dict[str, dict[str, Any]]:
     folder = url.split("://", 1)[1] + "/"
     try:
         listed = system(url).ls(url, detail=True, refresh=True)
     except FileNotFoundError:
         return {}
-    found: dict[str, int | None] = {}
-    for entry in listed:
-        name = entry["name"].removeprefix(folder).rstrip("/")
-        if entry["name"].startswith(folder) and name:
-            found[name] = int(entry["size"]) if entry["type"] == "file" else None
-    return found
+    named = {entry["name"].removeprefix(folder).rstrip("/"): entry for entry in listed}
+    return {name: entry for name, entry in named.items() if name and entry["name"].startswith(folder)}
 
 
 def write(url: str, data: bytes) -> None:

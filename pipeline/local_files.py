@@ -108,15 +108,24 @@ def delete(path: Path, recursive: bool) -> None:
 
 def entries(folder: Path) -> dict[str, int | None]:
     """Size of each file directly in `folder` by name, None for folders; empty if it is not there."""
+    return {name: about and about.st_size for name, about in _listed(folder).items()}
+
+
+def times(folder: Path) -> dict[str, int]:
+    """When each file directly in `folder` was last written, in nanoseconds since 1970, by name."""
+    return {name: about.st_mtime_ns for name, about in _listed(folder).items() if about is not None}
+
+
+def _listed(folder: Path) -> dict[str, os.stat_result | None]:
     if not folder.is_dir():
         return {}
-    found: dict[str, int | None] = {}
+    found: dict[str, os.stat_result | None] = {}
     try:
         for entry in os.scandir(folder):
             if not entry.name.endswith(_PARTIAL):
                 # Another worker may delete a file between its listing and the question for its size.
                 with suppress(FileNotFoundError):
-                    found[entry.name] = None if entry.is_dir() else entry.stat().st_size
+                    found[entry.name] = None if entry.is_dir() else entry.stat()
     except OSError as error:
         raise explain(error, str(folder)) from error
     return found

@@ -115,6 +115,16 @@ def entries(url: str) -> dict[str, int | None]:
     return found
 
 
+def times(url: str) -> dict[str, int]:
+    """When each object directly in the folder `url` was written, in nanoseconds since 1970, by name."""
+    prefix = _prefix(url)
+    pages = _pages(url, Delimiter="/")
+    objects = (each for page in pages for each in page.get("Contents", []))
+    return {
+        each["Key"].removeprefix(prefix): int(each["LastModified"].timestamp()) * 10**9 for each in objects
+    }
+
+
 def _prefix(url: str) -> str:
     key = _place(url)[1]
     return f"{key}/" if key else ""

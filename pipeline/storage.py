@@ -51,6 +51,7 @@ __all__ = [
     "join",
     "list_dir",
     "list_sizes",
+    "list_times",
     "normalize",
     "read_bytes",
     "read_text",
@@ -81,6 +82,7 @@ class _Bucket(Protocol):
     def size(self, url: str) -> int: ...
     def exists(self, url: str) -> bool: ...
     def entries(self, url: str) -> dict[str, int | None]: ...
+    def times(self, url: str) -> dict[str, int]: ...
     def write(self, url: str, data: bytes) -> None: ...
     def upload(self, local: Path, url: str) -> None: ...
     def delete(self, url: str) -> None: ...
@@ -161,6 +163,17 @@ def list_sizes(url: str) -> dict[str, int]:
     return {name: bytes_ for name, bytes_ in sorted(_entries(url).items()) if bytes_ is not None}
 
 
+def list_times(url: str) -> dict[str, int]:
+    """When each file directly in `url` was last written, in nanoseconds since 1970, by name.
+
+    By the clock of the store, and in a bucket in whole seconds.
+    """
+    place = _listable(url)
+    if is_local(place):
+        return local_files.times(Path(place))
+    return patiently(lambda: _BUCKETS[scheme(place)].times(place), place)
+
+
 def download_file(url: str, local: str | Path) -> None:
     """Copy a file to `local`, which appears only when complete. Raises like `read_bytes`."""
     place = normalize(url)
@@ -176,12 +189,17 @@ def download_file(url: str, local: str | Path) -> None:
 
 def _entries(url: str) -> dict[str, int | None]:
     """Size of each file directly in `url` by name; None for folders."""
-    place = normalize(url)
-    if scheme(place) in WEB_SCHEMES:
-        raise StoreError(f"{shown(url)}: a web server cannot be listed; give the URL of a file.")
+    place = _listable(url)
     if is_local(place):
         return local_files.entries(Path(place))
     return patiently(lambda: _BUCKETS[scheme(place)].entries(place), place)
+
+
+def _listable(url: str) -> str:
+    place = normalize(url)
+    if scheme(place) in WEB_SCHEMES:
+        raise StoreError(f"{shown(url)}: a web server cannot be listed; give the URL of a file.")
+    return place
 
 
 # --- writing ----------------------------------------------------------------------------------

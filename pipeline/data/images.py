@@ -42,6 +42,8 @@ MAX_FILE_BYTES = 2**28
 _READ = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 _KEPT = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}
 _STORED = ("PNG", "JPEG", "WEBP", "PPM")
+NO_IMAGE = "is no image, or of a format that is not read"
+"""The reason for leaving a file out of which Pillow knows no more."""
 # PNG's own scale of effort. Portraits take 8% more bytes than at 6, in less than half the time.
 _PNG_EFFORT = 4
 # WebP's two, the lowest: more effort saves a tenth of the bytes, takes ten times as long to
@@ -111,8 +113,6 @@ def prepare(
             return _stored(fitted, form, bits)
     except RejectedImageError:
         raise
-    except UnidentifiedImageError as error:
-        raise RejectedImageError("is no image, or of a format that is not read") from error
     except _DAMAGE as error:
         raise RejectedImageError(f"is damaged ({error})") from error
 
@@ -143,7 +143,11 @@ def decode(data: bytes, image_size: int, channels: int, factor: int = 1) -> Pixe
 def _opened(data: bytes, formats: tuple[str, ...]) -> Image.Image:
     if len(data) > MAX_FILE_BYTES:
         raise RejectedImageError(f"is a file of more than {MAX_FILE_BYTES >> 20} MiB")
-    image = Image.open(io.BytesIO(data), formats=formats)
+    try:
+        image = Image.open(io.BytesIO(data), formats=formats)
+    except UnidentifiedImageError as error:
+        # Its message names an address in memory, another one each time.
+        raise RejectedImageError(NO_IMAGE) from error
     if image.width * image.height > MAX_PIXELS:
         raise RejectedImageError(f"is {image.width}x{image.height}: more than {MAX_PIXELS:,} pixels")
     frames = getattr(image, "n_frames", 1)

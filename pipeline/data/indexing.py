@@ -11,13 +11,14 @@ file equals one of theirs byte by byte is left out. What is left out is a gap in
 listed in `rejected.json`; if it is more than a given share, there will be no index.
 
 After each tar its result is recorded in a `.building` file beside it, and a command that was
-interrupted goes on with those that have none. Memory: for each thread `streams.PIECE_BYTES`, the
+interrupted goes on with those that have none, have changed, or hold what cannot be used
+(tar_records.py). An index that is there is taken for that of its tars if their sizes are those
+it names and none is newer; what was replaced and kept both is found by `nvae shards verify`
+alone, as a look that reads nothing cannot do better. Memory: for each thread `streams.PIECE_BYTES`, the
 largest image file (64 MiB at most), its pixels and about 300 bytes per sample of its tar; for
 the whole data set 16 bytes per image, and about 100 per validation image.
 """
 
-import hashlib
-import json
 import threading
 from collections import Counter
 from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
@@ -53,7 +54,14 @@ from pipeline.data.sidecar import is_sidecar
 from pipeline.data.streams import ShardStream
 from pipeline.data.survey import Progress
 from pipeline.data.tar_listing import TarListing, list_tars, split_tars
-from pipeline.data.tar_records import TarRecord, delete_records, read_record, record_name, write_record
+from pipeline.data.tar_records import (
+    TarRecord,
+    delete_records,
+    fingerprints,
+    read_record,
+    record_name,
+    write_record,
+)
 from pipeline.errors import InputError
 
 _CHANNELS = {"L": 1, "RGB": 3}
@@ -80,7 +88,7 @@ class _Job:
     listing: TarListing
     image_size: int
     channels: int
-    fingerprint: str
+    fingerprints: Mapping[str, str]
     max_rejected: float
     progress: Progress
     streams: dict[str, ShardStream] = field(default_factory=dict)
@@ -128,8 +136,7 @@ def index_tars(
         return IndexingReport(index, read_report(index.root), already_there=True)
     _check_writable(listing)
     size, colours = _image_format(listing, image_size, channels)
-    fingerprint = _fingerprint(listing, size, colours, splits)
-    job = _Job(listing, size, colours, fingerprint, max_rejected, progress)
+    job = _Job(listing, size, colours, fingerprints(listing, size, colours, splits), max_rejected, progress)
     records = _scan(job, splits[VALIDATION], frozenset(), threads)
     held_out = set(_digests(records.values()))
     records |= _scan(job, splits[TRAIN], held_out, threads)
@@ -146,7 +153,13 @@ def index_tars(
         splits={split: tuple(records[name].shard for name in splits[split]) for split in SPLITS},
     )
     if not index.num_samples(TRAIN):
-        raise ShardError(f"{storage.shown(listing.root)}: not one training image can be used.")
+        delete_records(listing.root, records)
+        why = "; ".join(reasons(each for name in splits[TRAIN] for each in records[name].rejected))
+        raise ShardError(
+            f"{storage.shown(listing.root)}: not one training image can be used: "
+            f"{why or 'no training tar holds an image'}. No index was made. Mend that, or choose other tars "
+            f"for validation."
+        )
     rejected = tuple(rejection for name in listing.tars for rejection in records[name].rejected)
     write_report(index.root, rejected)
     storage.write_bytes(storage.join(index.root, INDEX_NAME), index.to_json())
@@ -170,6 +183,16 @@ def _confirmed(
         raise ShardError(
             f"{storage.shown(listing.root)}: has an index already, made of {what}. Delete its "
             f"{INDEX_NAME} (the tars can stay) to make another one."
+        )
+    written = storage.list_times(listing.root).get(INDEX_NAME, 0)
+    newer = [name for name in listing.tars if listing.times.get(name, 0) > written]
+    if newer:
+        root = storage.shown(listing.root)
+        raise ShardError(
+            f"{root}: has an index already, and {len(newer):,} of its {len(listing.tars):,} tars are newer, "
+            f"for instance {newer[0]}. `nvae shards verify {root}` says whether they are still those of the "
+            f"index: then there is nothing to do. Otherwise delete its {INDEX_NAME} (the tars can stay) and "
+            f"repeat this command."
         )
     return index
 
@@ -255,7 +278,7 @@ def _scan(job: _Job, names: Sequence[str], held_out: Container[bytes], threads: 
 
 def _record(job: _Job, name: str, held_out: Container[bytes]) -> TarRecord:
     """What is in the tar `name`, which has its sidecar then."""
-    root, fingerprint = job.listing.root, job.fingerprint
+    root, fingerprint = job.listing.root, job.fingerprints[name]
     there = read_record(root, name, fingerprint, job.listing.files)
     if there is not None:
         return there
@@ -269,7 +292,7 @@ def _record(job: _Job, name: str, held_out: Container[bytes]) -> TarRecord:
 
         scan = Scanner(job.image_size, job.channels, held_out).run(Tape(read))
         sha256 = stream.sha256()
-    if not scan.rows and scan.unusable and job.max_rejected < 1:
+    if not scan.rows and scan.unusable == scan.left_out > 0 and job.max_rejected < 1:
         _refuse(job.listing, scan.unusable, scan.unusable, scan.rejected, scan.formats, job.max_rejected)
     return write_record(root, name, stream.bytes, sha256, scan, fingerprint)
 
@@ -314,7 +337,7 @@ def _refuse(
     raise ShardError(
         f"{storage.shown(listing.root)}: {unusable:,} of {images:,} samples cannot be used, which is more "
         f"than --max-rejected {max_rejected:g} allows: {why}. No index was made.{several} To leave them out, "
-        f"repeat the command with --max-rejected 1: it goes on where this one stopped."
+        f"repeat the command with --max-rejected 1; tars of which everything can be used are not read again."
     )
 
 
@@ -329,11 +352,3 @@ def _count_duplicates(records: Iterable[TarRecord]) -> int:
     # S strips zeros at the end; digests of one length stay different without them.
     digests = np.frombuffer(b"".join(record.digests for record in records), f"S{DIGEST_BYTES}")
     return len(digests) - len(np.unique(digests))
-
-
-def _fingerprint(
-    listing: TarListing, image_size: int, channels: int, splits: Mapping[str, Sequence[str]]
-) -> str:
-    """Changes if a tar's record would have to be another one."""
-    tars = {split: [(name, listing.size(name)) for name in splits[split]] for split in SPLITS}
-    return hashlib.sha256(json.dumps([image_size, channels, tars]).encode()).hexdigest()

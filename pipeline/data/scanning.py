@@ -15,9 +15,9 @@ from collections import Counter
 from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
-from pipeline.data.images import RejectedImageError, decode
+from pipeline.data.images import NO_IMAGE, RejectedImageError, decode
 from pipeline.data.index import printable
 from pipeline.data.members import FILE, FOLDER, Member, Tape, members
 from pipeline.data.rejections import Rejection
@@ -176,9 +176,14 @@ def first_formats(tape: Tape, most: int) -> Counter[ImageFormat]:
 def look(data: bytes) -> tuple[ImageFormat, bool]:
     """The format of an image file, and whether it is to be shown as it is stored.
 
-    Raises what Pillow raises if it is none.
+    Raises RejectedImageError if it is none, and what Pillow raises if its header is damaged.
     """
-    with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+    try:
+        image = Image.open(io.BytesIO(data), formats=_FORMATS)
+    except UnidentifiedImageError as error:
+        # Its message names an address in memory, another one each time.
+        raise RejectedImageError(NO_IMAGE) from error
+    with image:
         # A PNG's orientation would be known only after its pixels, and cameras write none.
         turned = image.format in ("JPEG", "WEBP") and image.getexif().get(ExifTags.Base.Orientation, 1) != 1
         return ImageFormat(image.width, image.height, image.mode), not turned

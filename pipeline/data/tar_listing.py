@@ -27,6 +27,8 @@ class TarListing:
     root: str
     files: Mapping[str, int]
     """Bytes of every file in the folders of the tars, by name below `root`."""
+    times: Mapping[str, int]
+    """When each was last written, in nanoseconds since 1970: no later than its content was read."""
     tars: tuple[str, ...]
 
     def size(self, name: str) -> int:
@@ -52,7 +54,7 @@ def list_tars(urls: Sequence[str]) -> TarListing:
         return _checked(_in_folder(folders[0]))
     root = _common_folder(given)
     names = [url[len(root) + 1 :] for url in given]
-    files = _files(root, sorted({name.rpartition("/")[0] for name in names}))
+    files, times = _files(root, sorted({name.rpartition("/")[0] for name in names}))
     missing = [name for name in names if name not in files]
     if missing:
         raise ShardError(
@@ -61,7 +63,7 @@ def list_tars(urls: Sequence[str]) -> TarListing:
         )
     if len(set(names)) < len(names):
         raise ShardError("A tar is given twice.")
-    return _checked(TarListing(root, files, tuple(names)))
+    return _checked(TarListing(root, files, times, tuple(names)))
 
 
 def split_tars(
@@ -118,20 +120,23 @@ def _checked(listing: TarListing) -> TarListing:
 
 
 def _in_folder(folder: str) -> TarListing:
-    files = _files(folder, [""])
+    files, times = _files(folder, [""])
     tars = sorted(name for name in files if name.endswith(".tar"))
     if not tars:
-        files = _files(folder, sorted(set(_SPLIT_FOLDERS) & set(storage.list_dir(folder))))
+        files, times = _files(folder, sorted(set(_SPLIT_FOLDERS) & set(storage.list_dir(folder))))
         tars = sorted(name for name in files if name.endswith(".tar"))
-    return TarListing(folder, files, tuple(tars))
+    return TarListing(folder, files, times, tuple(tars))
 
 
-def _files(root: str, folders: Sequence[str]) -> dict[str, int]:
-    files: dict[str, int] = {}
+def _files(root: str, folders: Sequence[str]) -> tuple[dict[str, int], dict[str, int]]:
+    """Size and time of every file in these folders below `root`."""
+    sizes: dict[str, int] = {}
+    times: dict[str, int] = {}
     for folder in folders:
-        listed = storage.list_sizes(storage.join(root, folder) if folder else root)
-        files |= {f"{folder}/{name}" if folder else name: size for name, size in listed.items()}
-    return files
+        place, prefix = (storage.join(root, folder), f"{folder}/") if folder else (root, "")
+        times |= {prefix + name: time for name, time in storage.list_times(place).items()}
+        sizes |= {prefix + name: size for name, size in storage.list_sizes(place).items()}
+    return sizes, times
 
 
 def _common_folder(urls: Sequence[str]) -> str:

@@ -1,22 +1,28 @@
 """What is known of a foreign tar once it was read, kept beside it until the index is written.
 
-A record holds for one set of arguments and tars (its fingerprint); an interrupted `shards index`
-goes on with the tars that have none. One file for each tar: threads need not wait for each other,
-and a hundred thousand tars cost a hundred thousand small files, not as many rewritings of a long one.
+A record holds for the arguments and the state of its tar (its fingerprint): name, size and time of
+the last change, which a bucket tells in whole seconds; for a training tar also those of the
+validation tars, whose images it must not repeat. A copy that keeps size and time of what it
+replaces is not noticed, so the record of a tar with samples that cannot be used is not trusted
+either: it is what somebody may have mended. An interrupted `shards index` goes on with the others.
+
+One file for each tar: threads need not wait for each other, and a hundred thousand tars cost a
+hundred thousand small files, not as many rewritings of a long one.
 """
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from pipeline import storage
-from pipeline.data.index import Shard, parse_shard
+from pipeline.data.index import TRAIN, VALIDATION, Shard, parse_shard
 from pipeline.data.rejections import Rejection
 from pipeline.data.scanning import Scan
 from pipeline.data.sidecar import make_sidecar
+from pipeline.data.tar_listing import TarListing
 
 SUFFIX = ".building"
 _DELETED_AT_ONCE = 8
@@ -40,6 +46,21 @@ def record_name(tar: str) -> str:
     return tar.removesuffix(".tar") + SUFFIX
 
 
+def fingerprints(
+    listing: TarListing, image_size: int, channels: int, splits: Mapping[str, Sequence[str]]
+) -> dict[str, str]:
+    """One for each tar: it changes if the tar's record would have to be another one."""
+
+    def digest(*facts: object) -> str:
+        return hashlib.sha256(json.dumps([image_size, channels, *facts]).encode()).hexdigest()
+
+    state = {name: [name, listing.size(name), listing.times.get(name)] for name in listing.tars}
+    held_out = digest([state[name] for name in splits[VALIDATION]])
+    return {name: digest(VALIDATION, state[name]) for name in splits[VALIDATION]} | {
+        name: digest(TRAIN, state[name], held_out) for name in splits[TRAIN]
+    }
+
+
 def write_record(
     root: str, name: str, tar_bytes: int, sha256: str, scan: Scan, fingerprint: str
 ) -> TarRecord:
@@ -57,7 +78,7 @@ def write_record(
 
 
 def read_record(root: str, name: str, fingerprint: str, files: Mapping[str, int]) -> TarRecord | None:
-    """The record of the tar `name` if there is one that holds; `files` are the sizes of all files."""
+    """The record of the tar `name` if there is one that is trusted; `files` are the sizes of all files."""
     if record_name(name) not in files:
         return None
     try:
@@ -75,6 +96,8 @@ def read_record(root: str, name: str, fingerprint: str, files: Mapping[str, int]
         )
     except (storage.MissingError, ValueError, KeyError, TypeError):
         # Nothing is lost but time: the tar is read again.
+        return None
+    if record.unusable:
         return None
     return record if files.get(shard.sidecar_name) == shard.sidecar_bytes else None
 

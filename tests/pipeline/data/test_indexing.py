@@ -1,6 +1,8 @@
 """Tars written by others: what becomes of them, and that a training reads what was put in."""
 
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -261,6 +263,7 @@ def test_what_cannot_be_used_is_left_out_listed_and_counted_up_to_a_share(tmp_pa
     assert set(reasons) == {"small", "grey", "cut", "turned", "words", "empty", "tab\\t"}
     assert reasons["small"] == "is 4x4, not 8x8"
     assert reasons["words"] == "has no image"
+    assert reasons["empty"] == "is no image, or of a format that is not read"
     assert report.index.rejected == 7
 
 
@@ -327,6 +330,85 @@ def test_indexing_that_was_killed_goes_on_where_it_was(tmp_path):
     assert_delivers(index_tars([str(tmp_path)]).index, images)
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     assert not list(tmp_path.glob("*.building"))
+
+
+def broken_and_good_tar(tmp_path: Path) -> tuple[bytes, bytes]:
+    """A tar of eight images, before and after it was fetched again: of the same size."""
+    images = {f"{number}.png": image_file(number) for number in range(100, 108)}
+    broken = {
+        name: b"x" * len(data) if number < 3 else data for number, (name, data) in enumerate(images.items())
+    }
+    files = [write_tar(tmp_path / name, files) for name, files in (("broken", broken), ("good", images))]
+    broken_bytes, good_bytes = (file.read_bytes() for file in files)
+    assert len(broken_bytes) == len(good_bytes)
+    return broken_bytes, good_bytes
+
+
+def test_a_mended_tar_of_the_same_size_is_read_again_and_no_other_is(tmp_path):
+    broken, good = broken_and_good_tar(tmp_path)
+    images = by_shard_writer(tmp_path / "tars", shards=2, per_shard=8)
+    tar = tmp_path / "tars/mended.tar"
+    tar.write_bytes(broken)
+    with pytest.raises(ShardError, match=r"3 of 24 samples cannot be used.*3 x is no image"):
+        index_tars([str(tar.parent)], validation=["part-0000.tar"])
+    kept = {path: path.stat().st_mtime_ns for path in tar.parent.glob("part-*.idx")}
+    tar.write_bytes(good)
+    index = index_tars([str(tar.parent)], validation=["part-0000.tar"]).index
+    assert index.rejected == 0
+    assert_delivers(index, images | {f"{number}": image_file(number) for number in range(100, 108)})
+    assert len(kept) == 2
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+
+
+def test_a_mended_tar_with_the_size_and_time_of_the_broken_one_is_read_again(tmp_path):
+    broken, good = broken_and_good_tar(tmp_path)
+    tar = write_tar(tmp_path / "tars/0.tar", {})
+    for data in (broken, good):
+        tar.write_bytes(data)
+        os.utime(tar, ns=(0, 0))
+        if data is broken:
+            with pytest.raises(ShardError, match="3 of 8 samples"):
+                index_tars([str(tar.parent)], validation_fraction=0)
+    assert index_tars([str(tar.parent)], validation_fraction=0, max_rejected=1).index.num_samples(TRAIN) == 8
+
+
+def test_an_interrupted_indexing_reads_a_tar_that_changed_since_again(tmp_path):
+    """Its record is whole, and nothing in it was left out."""
+    by_shard_writer(tmp_path, shards=5, per_shard=3)
+    assert subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)]).returncode == -signal.SIGKILL
+    recorded = sorted(tmp_path.glob("*.building"))[-1]
+    tar = recorded.with_suffix(".tar")
+    shutil.copyfile(tmp_path / "part-0001.tar", tar)
+    assert verification.verify(index_tars([str(tmp_path)]).index.root) == []
+
+
+@pytest.mark.parametrize("place", ["folder", "bucket"])
+def test_a_tar_of_the_same_size_that_is_newer_than_the_index_is_not_taken_for_its_own(
+    place, tmp_path, request
+):
+    _, good = broken_and_good_tar(tmp_path)
+    root = f"{request.getfixturevalue('s3')}/{tmp_path.name}" if place == "bucket" else str(tmp_path / "tars")
+    storage.write_bytes(f"{root}/0.tar", good)
+    index_tars([root], validation_fraction=0)
+    assert index_tars([root], validation_fraction=0).already_there
+    written = storage.list_times(root)["index.json"]
+    while storage.list_times(root)["0.tar"] <= written:  # A bucket counts in seconds.
+        storage.write_bytes(f"{root}/0.tar", good)
+    says = r"1 of its 1 tars are newer, for instance 0\.tar.*nvae shards verify.*delete its index\.json"
+    with pytest.raises(ShardError, match=says):
+        index_tars([root], validation_fraction=0)
+    storage.delete(f"{root}/index.json")
+    assert not index_tars([root], validation_fraction=0).already_there
+
+
+def test_a_split_that_leaves_no_training_image_is_refused_with_the_reasons(tmp_path):
+    images = {f"{number}.png": image_file(number) for number in range(3)}
+    write_tar(tmp_path / "0.tar", images | {"words.txt": b"no image"})
+    write_tar(tmp_path / "1.tar", images)
+    says = "not one training image can be used: 3 x is in the validation split, too; 1 x has no image"
+    with pytest.raises(ShardError, match=says):
+        index_tars([str(tmp_path)], validation=["1.tar"], max_rejected=0.5)
+    assert not list(tmp_path.glob("*.building")) and not (tmp_path / "index.json").exists()
 
 
 def test_another_programs_idx_file_is_not_overwritten(tmp_path):
