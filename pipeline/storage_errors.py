@@ -75,6 +75,7 @@ _PASSING = {
     "TooManyRequests",
     "XAmzContentSHA256Mismatch",
 }
+_RANGE_NOT_SATISFIABLE = 416
 _PASSING_STATUS = (408, 425, 429, 500, 502, 503, 504, 507, 509)
 _CREDENTIAL_CODES = {
     "ExpiredToken",
@@ -123,7 +124,7 @@ def is_final(error: BaseException) -> bool:
     code, status = code_of(error), _status(error)
     if code in _PASSING or status in _PASSING_STATUS:
         return False
-    return code in _BY_CODE or code == "InvalidRange" or (status is not None and status >= 300)
+    return code in _BY_CODE or _is_beyond_the_end(error) or (status is not None and status >= 300)
 
 
 def about_credentials(error: BaseException) -> bool:
@@ -157,10 +158,15 @@ def _is_distrust(error: BaseException) -> bool:
     return any("CERTIFICATE_VERIFY_FAILED" in str(each) for each in _causes(error))
 
 
+def _is_beyond_the_end(error: BaseException) -> bool:
+    """Whether the store says that a file ends before the first byte asked for."""
+    return code_of(error) == "InvalidRange" or _status(error) == _RANGE_NOT_SATISFIABLE
+
+
 def explain(error: BaseException, url: str) -> StoreError:
     """The StoreError that tells a user what `error` means for `url`."""
     where, code, kind = shown(url), code_of(error), type(error).__name__
-    if code == "InvalidRange":
+    if _is_beyond_the_end(error):
         return CutError(f"{where}: ends before the bytes asked for. {CUT_REMEDY}")
     if code in _BY_CODE:
         return StoreError(f"{where}: {_BY_CODE[code]}")

@@ -1,6 +1,7 @@
 """`data.on_corrupt: skip`: exactly the corrupt samples are lost, and no order shifts."""
 
 import itertools
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from pipeline.data.loader import Batch, evaluation_batches, training_batches
 from pipeline.data.tars import TarBuilder, read_samples
 from pipeline.errors import InputError
 from tests.pipeline.data.data_set import TRAINING, build, config
+from tests.pipeline.data.web_server import serving
 
 
 @pytest.fixture
@@ -93,8 +95,8 @@ def test_a_flipped_bit_loses_its_sample_and_no_other(own, place):
     assert_only_these_are_lost(read(own, skipping()), clean, lost)
 
 
-@pytest.mark.parametrize("cut", ["member boundary", "header", "data", "padding", "empty", "one byte"])
-def test_a_cut_shard_loses_what_lies_beyond_the_cut(own, cut):
+def assert_cut_loses_what_lies_beyond(own: Index, cut: str, url: str) -> None:
+    """Cut a shard of `own`, which is read through `url`."""
     clean, where = read(own, skipping()), spans(own)
     shard = own.shards(TRAIN)[1]
     sidecar = read_sidecar(own, shard)
@@ -112,9 +114,25 @@ def test_a_cut_shard_loses_what_lies_beyond_the_cut(own, cut):
     ends = {key: offset + size for key, (file, offset, size) in where.items() if file == path}
     lost = {key for key, end in ends.items() if end > places[cut]}
     assert len(lost) == len(sidecar.keys) - (0 if places[cut] < 2 else 3)
-    assert_only_these_are_lost(read(own, skipping()), clean, lost)
-    with pytest.raises(CorruptSampleError, match=f"{shard.name}.* at byte .*ends before its end"):
-        read(own, config())
+    index = load_index(url)
+    assert_only_these_are_lost(read(index, skipping()), clean, lost)
+    with pytest.raises(CorruptSampleError, match="ends before its end") as caught:
+        read(index, config())
+    told = re.search(rf"{shard.name}: sample '(\w+)' at byte ([\d,]+)", str(caught.value))
+    assert told is not None
+    assert told[1] in lost
+    assert int(told[2].replace(",", "")) == where[told[1]][1]
+
+
+@pytest.mark.parametrize("cut", ["member boundary", "header", "data", "padding", "empty", "one byte"])
+def test_a_cut_shard_loses_what_lies_beyond_the_cut(own, cut):
+    assert_cut_loses_what_lies_beyond(own, cut, own.root)
+
+
+@pytest.mark.parametrize("cut", ["member boundary", "empty"])
+def test_a_cut_shard_behind_a_web_server_loses_the_same(own, cut):
+    with serving(own.root) as served:
+        assert_cut_loses_what_lies_beyond(own, cut, served.url)
 
 
 def test_a_file_that_was_stored_broken_is_one_lost_sample(own):

@@ -67,14 +67,19 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         pass
 
 
+class _Server(http.server.ThreadingHTTPServer):
+    daemon_threads = True
+    # All threads of a reader connect at once; who finds no place tries again after a second.
+    request_queue_size = 64
+
+
 @contextmanager
 def serving(folder: str | Path, change: Change = lambda *_: None) -> Iterator[Served]:
     """Serve `folder`; `change` may alter the bytes of an answer from a place on, or wait."""
     served = Served()
     handler = functools.partial(_Handler, Path(folder), served, change)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        server.daemon_threads = True
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
+    with _Server(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
         thread.start()
         served.url = f"http://127.0.0.1:{server.server_port}"
         try:
