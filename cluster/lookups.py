@@ -77,7 +77,12 @@ def shards() -> None:
 @click.option(
     "--threads", type=click.IntRange(1), help="Images that are read or converted at a time. [all cores]"
 )
-@click.option("--if-missing", is_flag=True, help="Do nothing if TARGET already holds a complete data set.")
+@click.option(
+    "--if-missing",
+    is_flag=True,
+    help="If TARGET holds the complete data set of these options, do not look at SOURCE. Another one there "
+    "is an error, with this option or without.",
+)
 @store_option
 def build(source: str, target: str, store: str | None, shard_mib: int, **options: Any) -> None:
     """Pack the images of SOURCE into shards below TARGET, a URL or store:NAME.

@@ -55,7 +55,7 @@ def training_line(metrics: Mapping[str, float], images_seen: int, total_images: 
         f"{duration(remaining):>7} left",
     ]
     if metrics.get("data/corrupt_samples"):
-        columns.append(f"{metrics['data/corrupt_samples']:.0f} corrupt samples skipped")
+        columns.append(f"{_counted(metrics['data/corrupt_samples'], 'corrupt sample')} skipped")
     return "  ".join(columns)
 
 
@@ -71,7 +71,11 @@ def evaluation_line(scores: Mapping[str, float], images_seen: int) -> str:
     if weighted is not None:
         line += f"; importance-weighted {weighted:.3f} bits/dim"
     corrupt = scores.get("validation/corrupt_images")
-    return f"{line}; {corrupt:.0f} corrupt images left out" if corrupt else line
+    return f"{line}; {_counted(corrupt, 'corrupt image')} left out" if corrupt else line
+
+
+def _counted(number: float, what: str) -> str:
+    return f"{number:,.0f} {what}" + ("" if round(number) == 1 else "s")
 
 
 def duration(seconds: float | None) -> str:

@@ -8,7 +8,10 @@ is an unfinished data set, never a small one.
 The index keeps one row per shard and stays small for a hundred million samples. What is
 known about a single sample (its bytes in the tar, their checksum, its key) is in the shard's
 sidecar, a binary file that is fetched when the shard is opened and whose own SHA-256 is in the
-index. So every byte that reaches a batch is vouched for by the index.
+index. Sidecars hold a CRC-32 of each sample, which is compared whenever the sample is read: that
+guards against accidents (a cut, a swapped or a damaged shard), not against somebody who may write
+to the store and gives other bytes the same CRC-32. Only `nvae shards verify`, which reads whole
+shards, compares their SHA-256.
 
 Names in an index are relative and cannot lead out of the data set's folder.
 """
@@ -162,29 +165,38 @@ def read_sidecar(index: Index, shard: Shard) -> Sidecar:
     Raises ShardError if it is not the one that the index was written with, StoreError if it
     cannot be read.
     """
+    try:
+        return check_sidecar(index, shard)
+    except ShardError as error:
+        raise ShardError(
+            f"{error}; run `nvae shards verify {storage.shown(index.root)}` to find everything that is wrong."
+        ) from error
+
+
+def check_sidecar(index: Index, shard: Shard) -> Sidecar:
+    """As `read_sidecar`, for a message that goes on to say what to do."""
     url = storage.join(index.root, shard.sidecar_name)
     data = storage.read_bytes(url, 0, shard.sidecar_bytes)
     found = hashlib.sha256(data).hexdigest()
     if found != shard.sidecar_sha256:
         raise ShardError(
             f"{storage.shown(url)}: SHA-256 is {found[:12]}, {INDEX_NAME} says {shard.sidecar_sha256[:12]}. "
-            f"It was replaced or damaged; {_remedy(index.root)}"
+            f"It was replaced or damaged"
         )
     try:
         sidecar = parse_sidecar(data, shard.bytes)
         if len(sidecar.keys) != shard.samples:
             raise ValueError(f"lists {len(sidecar.keys):,} samples, {INDEX_NAME} {shard.samples:,}")
     except ValueError as error:
-        raise ShardError(
-            f"{storage.shown(url)}: does not fit its shard ({error}); {_remedy(index.root)}"
-        ) from error
+        raise ShardError(f"{storage.shown(url)}: does not fit its shard ({error})") from error
     return sidecar
 
 
 def load_index(root: str) -> Index:
     """The index of the data set at `root`, every field checked.
 
-    Raises ShardError if there is no finished data set or the index makes no sense.
+    Raises ShardError if there is no finished data set or the index makes no sense, StoreError if its
+    store or bucket is not there.
     """
     root = storage.normalize(root)
     url = storage.join(root, INDEX_NAME)
@@ -196,6 +208,9 @@ def load_index(root: str) -> Index:
             )
         text = storage.read_text(url)
     except storage.MissingError as error:
+        if storage.scheme(root) in ("s3", "gs"):
+            # An object's answer does not tell whether its bucket is there; this raises if not.
+            storage.exists(root)
         raise ShardError(
             f"{storage.shown(root)}: there is no data set ({INDEX_NAME} is missing). Build one with "
             f"`nvae shards build SOURCE {storage.shown(root)}`; after an interruption the same command "
@@ -305,7 +320,3 @@ def _shortly(value: object, longest: int = 80) -> str:
     """The value for a message, however long it is and whatever it holds."""
     text = printable(value) if isinstance(value, str) else repr(value)
     return text if len(text) <= longest else text[:longest] + "..."
-
-
-def _remedy(root: str) -> str:
-    return f"run `nvae shards verify {storage.shown(root)}` to list everything that is wrong."

@@ -1,8 +1,8 @@
 """Comparing a data set with its index: a look before a run, and a thorough check.
 
 `missing_shards` costs one listing and finds what a half copied data set lacks. `verify` reads
-every byte and reports everything that is wrong, with the shard, the sample and its offset,
-instead of stopping at the first. Shards are streamed, some at a time: the memory needed is
+every byte of every shard instead of stopping at the first that is wrong, and names the first bad
+samples of each, with their offsets. Shards are streamed, some at a time: the memory needed is
 for each thread a piece of a shard, its largest sample and that sample's pixels.
 
 What lies between samples that a sidecar left out is vouched for by the shard's SHA-256.
@@ -12,12 +12,11 @@ import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 from pipeline import storage
 from pipeline.data.images import RejectedImageError, decode
-from pipeline.data.index import SPLITS, Index, Shard, ShardError, load_index, read_sidecar
+from pipeline.data.index import SPLITS, Index, Shard, ShardError, check_sidecar, load_index
 from pipeline.data.members import Tape
 from pipeline.data.sidecar import Sidecar
 from pipeline.data.streams import ShardStream
@@ -27,7 +26,7 @@ from pipeline.data.tars import read_sample
 _THREADS = 4
 _ASKED_AT_ONCE = 16
 _MOST_ASKED = 2000
-_PROBLEMS_PER_SHARD = 1000
+_SAMPLES_SHOWN = 5
 _PROBLEMS_SHOWN = 10
 
 
@@ -48,15 +47,14 @@ def verify(
 ) -> list[Problem]:
     """Everything that is wrong with the data set at `root`; empty if it is whole.
 
-    Of one shard the first thousand problems are listed.
+    Of one shard the first five bad samples are named; a last problem counts the others.
     Raises ShardError if it has no valid index, StoreError if its store cannot be reached.
     """
     index = load_index(root)
     shards = [shard for split in SPLITS for shard in index.shards(split)]
 
     def check(shard: Shard) -> list[Problem]:
-        found = islice(_wrong_with(index, shard, decode_images), _PROBLEMS_PER_SHARD)
-        return [Problem(shard.name, what) for what in found]
+        return [Problem(shard.name, what) for what in _wrong_with(index, shard, decode_images)]
 
     problems: list[Problem] = []
     with ThreadPoolExecutor(threads, "verify") as pool:
@@ -174,11 +172,16 @@ def _wrong_with(index: Index, shard: Shard, decode_images: bool) -> Iterator[str
     if stream.bytes != shard.bytes:
         yield f"has {stream.bytes:,} bytes instead of {shard.bytes:,}"
     try:
-        sidecar = read_sidecar(index, shard)
+        sidecar = check_sidecar(index, shard)
     except (ShardError, storage.StoreError) as error:
         yield f"its sidecar: {error}"
     else:
-        yield from _wrong_samples(stream, sidecar, index, shard, decode_images)
+        number = 0
+        for number, what in enumerate(_wrong_samples(stream, sidecar, index, shard, decode_images), 1):
+            if number <= _SAMPLES_SHOWN:
+                yield what
+        if number > _SAMPLES_SHOWN:
+            yield f"and {number - _SAMPLES_SHOWN:,} more of its {shard.samples:,} samples"
     if stream.sha256() != shard.sha256:
         yield "has another SHA-256 than the index says"
 

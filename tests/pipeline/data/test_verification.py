@@ -3,6 +3,7 @@
 import functools
 import http.server
 import re
+import shutil
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,6 +18,7 @@ from pipeline.data.indexing import index_tars
 from pipeline.data.loader import evaluation_batches
 from pipeline.data.sidecar import make_sidecar, parse_sidecar
 from pipeline.errors import InputError
+from pipeline.storage import StoreError
 from tests.pipeline.data.foreign_tars import by_shard_writer, image_file, write_tar
 from tests.pipeline.data.hostile_indexes import GOOD_TAR, write_data_set
 from tests.pipeline.data.test_loader import config
@@ -78,6 +80,33 @@ def test_a_change_in_a_gap_is_found_by_verify_and_harms_no_sample(index):
     path.write_bytes(data + bytes(512))
     found = " ".join(problem.what for problem in verification.verify(index.root))
     assert f"{len(data) + 512:,} bytes instead of {len(data):,}" in found
+
+
+def test_of_a_shard_that_was_swapped_five_samples_are_named_and_the_others_counted(tmp_path):
+    by_shard_writer(tmp_path, shards=2, per_shard=12)
+    root = index_tars([str(tmp_path)], validation_fraction=0).index.root
+    shutil.copyfile(tmp_path / "part-0000.tar", tmp_path / "part-0001.tar")
+    found = [problem.what for problem in verification.verify(root) if problem.shard == "part-0001.tar"]
+    assert ["is damaged" in what for what in found] == [True] * 5 + [False] * 2
+    assert found[5:] == ["and 7 more of its 12 samples", "has another SHA-256 than the index says"]
+    assert len(found) == len(verification.verify(root))
+
+
+def test_verify_does_not_advise_to_verify_and_a_reader_does(index):
+    path = Path(index.root) / "0.idx"
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    problems = [problem.what for problem in verification.verify(index.root)]
+    assert len(problems) == 1 and "It was replaced or damaged" in problems[0]
+    assert "shards verify" not in problems[0]
+    with pytest.raises(ShardError, match=r"replaced or damaged; run `nvae shards verify .* everything"):
+        read_sidecar(index, index.shards(TRAIN)[0])
+
+
+def test_a_bucket_that_is_missing_is_told_apart_from_a_data_set_that_is(s3):
+    with pytest.raises(StoreError, match=r"no-such-bucket/a: the bucket does not exist"):
+        load_index("s3://no-such-bucket/a")
+    with pytest.raises(ShardError, match="there is no data set"):
+        load_index(f"{s3}/no-such-folder")
 
 
 def test_an_index_that_counts_one_sample_more_than_the_sidecar_is_refused(tmp_path):
