@@ -6,10 +6,13 @@ before gets `storage.retry_seconds` to come back, counted from the last thing th
 well; one that never answered is probably misspelt, and the user learns that within seconds.
 A definite answer (no such file, no permission) is final at once. What looks like a program's mistake
 could be a client's in a race with a broken connection: it is tried again for seconds only, and
-then raised as what it is. Who no longer wants what threads of his still try for ends their
-patience (`give_up_when`).
+then raised as what it is. A store that falters is a warning, for each process at most one every
+half minute; limits.statistics() counts the rest. Who no longer wants what threads of his still
+try for ends their patience (`give_up_when`).
 """
 
+import logging
+import os
 import random
 import threading
 import time
@@ -28,11 +31,15 @@ from pipeline.storage_errors import (
 )
 from pipeline.urls import StoreError, is_local
 
+logger = logging.getLogger(__name__)
+
 _Result = TypeVar("_Result")
 
 FIRST_CONTACT_SECONDS = 4.0
 """How long a store that has never answered is tried."""
 FIRST_PAUSE_SECONDS = 0.2
+SECONDS_BETWEEN_LINES = 30.0
+"""Between two warnings of a kind."""
 
 # Stores that answered, and those that accepted our credentials.
 _answered: set[tuple[object, ...]] = set()
@@ -59,6 +66,34 @@ def _slept(seconds: float) -> bool:
 def expect(url: str) -> None:
     """The store of `url` is known to be there: if it does not answer, it is down and not misspelt."""
     _answered.add(buckets.environment(url))
+
+
+class Line:
+    """A warning that a process shows now and then, with how often there was reason for it."""
+
+    def __init__(self, what: str, clock: Callable[[], float] = time.monotonic) -> None:
+        """`clock` gives seconds."""
+        self._what, self._clock = what, clock
+        self._untold, self._told_at = 0, -SECONDS_BETWEEN_LINES
+        self._renew_lock()
+        # Another thread may hold the lock at the moment of a fork; nobody in the child would release it.
+        os.register_at_fork(after_in_child=self._renew_lock)
+
+    def _renew_lock(self) -> None:
+        self._lock = threading.Lock()
+
+    def say(self, error: Exception, url: str) -> None:
+        """Show it, unless that was done a moment ago."""
+        with self._lock:
+            self._untold += 1
+            if self._clock() - self._told_at < SECONDS_BETWEEN_LINES:
+                return
+            times, self._untold, self._told_at = self._untold, 0, self._clock()
+        logger.warning("%s (%d since the last such line). %s", self._what, times, explain(error, url))
+
+
+_trying_again = Line("Trying again")
+_renewing = Line("Looking credentials up anew")
 
 
 class Patience:
@@ -98,6 +133,8 @@ class Patience:
             if is_mistake(error):
                 raise error
             raise explain(error, self._url) from error
+        refused = about_credentials(error) or may_hide_expiry(error)
+        (_renewing if refused else _trying_again).say(error, self._url)
         if not _slept(pause):
             raise explain(error, self._url) from error
         self._tries += 1

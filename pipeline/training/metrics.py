@@ -18,6 +18,7 @@ from torch import Tensor
 from nvae.config import NVAEConfig
 from nvae.objective import bits_per_dim
 from nvae.step import Coefficients, StepResult
+from pipeline import storage
 from pipeline.training.worker import Worker
 
 NAMES = MappingProxyType(
@@ -41,6 +42,7 @@ NAMES = MappingProxyType(
         "data/wait_seconds": "that a rank waited for batches in the interval; mean over the ranks",
         "data/wait_fraction": "its share of the interval, which is counted as for images_per_second",
         "data/corrupt_samples": "left out of the loss because they could not be read; all ranks together",
+        "data/store_retries": "requests to stores, for whatever purpose, made again; all ranks together",
         "data/cached_fraction": "share of the bytes of shards that came from the local cache; 0 without one",
     }
 )
@@ -58,6 +60,7 @@ class Metrics:
     ) -> None:
         """`clock` gives seconds; the first interval begins now."""
         self._worker, self._model, self._clock = worker, model, clock
+        self._retries_before = storage.statistics().retries
         self._begin()
 
     def _begin(self) -> None:
@@ -120,9 +123,12 @@ class Metrics:
         assert self._sums is not None and self._images_passed is not None and self._coefficients is not None
         seconds = self._clock() - self._began - self._paused_seconds
         reading = [self._wait_seconds, self._corrupt_samples, self._transferred_bytes, self._cached_bytes]
+        retries = storage.statistics().retries
+        reading.append(retries - self._retries_before)
+        self._retries_before = retries
         mine = torch.tensor([self._updates, seconds, *reading], dtype=torch.float64)
         sums = torch.cat([mine.to(self._sums.device), self._images_passed[None], self._sums])
-        updates, seconds, waited, corrupt, transferred, cached, images_passed, *sums_over_ranks = (
+        updates, seconds, waited, corrupt, transferred, cached, tried, images_passed, *sums_over_ranks = (
             self._worker.all_reduce(sums).tolist()
         )
         world_size = self._worker.world_size
@@ -138,6 +144,7 @@ class Metrics:
             "data/wait_seconds": waited / world_size,
             "data/wait_fraction": _ratio(waited, seconds),
             "data/corrupt_samples": corrupt,
+            "data/store_retries": tried,
             "data/cached_fraction": cached / max(transferred + cached, 1.0),
         }
         self._begin()

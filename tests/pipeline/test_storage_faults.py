@@ -14,7 +14,7 @@ import boto3
 import pytest
 import trustme
 
-from pipeline import storage
+from pipeline import patience, storage
 from pipeline.config import StorageConfig
 from pipeline.s3 import PART_BYTES
 from pipeline.storage import MissingError, StoreError
@@ -265,7 +265,10 @@ def issue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None
     return issue
 
 
-def test_credentials_that_expire_in_the_middle_are_looked_up_anew(stored, fault_proxy, issue):
+def test_credentials_that_expire_in_the_middle_are_looked_up_anew(
+    stored, fault_proxy, issue, monkeypatch, caplog
+):
+    monkeypatch.setattr(patience, "_renewing", patience.Line("Looking credentials up anew"))
     issue(s3_server.ACCESS_KEY)
     assert storage.read_bytes(stored, 0, 10) == CONTENT[:10]
     fault_proxy.add(Fail(400, "ExpiredToken"), lambda request: request.access_key == s3_server.ACCESS_KEY)
@@ -276,6 +279,8 @@ def test_credentials_that_expire_in_the_middle_are_looked_up_anew(stored, fault_
     assert storage.size(stored) == len(CONTENT)
     assert storage.read_bytes(stored) == CONTENT
     assert storage.statistics().renewals > before.renewals
+    assert ["Looking credentials up anew (1" in record.message for record in caplog.records] == [True]
+    assert s3_server.SECRET_KEY not in caplog.text
     assert fault_proxy.requests[-1].access_key == s3_server.SECOND_ACCESS_KEY
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nvae.config import NVAEConfig
 from nvae.step import Coefficients, StepResult
+from pipeline import limits
 from pipeline.training.metrics import NAMES, Metrics
 from pipeline.training.worker import LocalWorker
 
@@ -115,6 +116,7 @@ def test_every_number_of_an_interval_is_what_was_put_in() -> None:
             "data/wait_seconds": 0.5,
             "data/wait_fraction": 0.5,
             "data/corrupt_samples": 0.0,
+            "data/store_retries": 0.0,
             "data/cached_fraction": 0.0,
         }
     )
@@ -155,6 +157,17 @@ def test_corrupt_samples_and_cached_bytes_are_those_of_all_ranks() -> None:
     found = on_two_ranks([[step()] * 2, [step()] * 2])[0]
     assert found["data/corrupt_samples"] == 2 * (1 + 2)
     assert found["data/cached_fraction"] == 0.75
+
+
+def test_requests_made_again_count_for_the_interval_in_which_they_were() -> None:
+    limits.count(retries=5)
+    metrics = local()
+    found = []
+    for retries in (3, 0, 2):
+        metrics.add(step(), COEFFICIENTS, wait_seconds=0.25)
+        limits.count(retries=retries)
+        found.append(metrics.reduce()["data/store_retries"])
+    assert found == [3, 0, 2]
 
 
 def test_a_skipped_update_is_counted_and_does_not_spoil_the_means() -> None:
