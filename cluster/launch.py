@@ -128,7 +128,8 @@ def _work(task: dict[str, Any]) -> Answer:
     entry = getattr(importlib.import_module(module), function)
     worker = RayWorker(task["run_url"], task["console"])
     try:
-        answer: Answer = entry(task["arguments"], worker)
+        with worker.warnings_shown():
+            answer: Answer = entry(task["arguments"], worker)
     except (InputError, FailedError) as error:
         raise _RefusedError(str(error), isinstance(error, InputError)) from error
     return answer

@@ -1,10 +1,13 @@
 """The Worker protocol implemented with Ray Train: what a training loop sees of the cluster.
 
-Rank 0's lines of text travel to the driver through a queue instead of Ray's forwarded
-logs: those prefix every line with a process, repeat it once per node and cut progress off.
+Rank 0's lines of text, and every rank's warnings, travel to the driver through a queue instead
+of Ray's forwarded logs: those prefix every line with a process, repeat it once per node and cut
+progress off.
 """
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import ray
 import ray.train
@@ -65,3 +68,29 @@ class RayWorker:
         """Show a line to the user; rank 0 alone speaks."""
         if self.rank == 0 and self._console is not None:
             self._console.put(line)
+
+    @contextmanager
+    def warnings_shown(self) -> Iterator[None]:
+        """Meanwhile the pipeline's warnings on this rank are shown to the user, with the rank."""
+        if self._console is None:
+            yield
+            return
+        handler, logger = _ToConsole(self.rank, self._console), logging.getLogger("pipeline")
+        logger.addHandler(handler)
+        try:
+            yield
+        finally:
+            logger.removeHandler(handler)
+
+
+class _ToConsole(logging.Handler):
+    def __init__(self, rank: int, console: Queue) -> None:
+        super().__init__(logging.WARNING)
+        self._rank, self._console = rank, console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self._console.put(f"Worker {self._rank}: {record.getMessage()}")
+        except Exception:
+            # As the logging module does: a message that cannot be passed on ends no training.
+            self.handleError(record)

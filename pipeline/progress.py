@@ -40,8 +40,8 @@ def training_line(metrics: Mapping[str, float], images_seen: int, total_images: 
     """The status line of one log interval; its columns stand below each other.
 
     Reads `train/bits_per_dim`, `train/kl_nats`, `speed/images_per_second`, of which the remaining
-    time follows, and `data/wait_fraction`; what is absent is a dash. Corrupt samples are told
-    where there are any.
+    time follows, and `data/wait_fraction`; what is absent is a dash. Corrupt samples and
+    requests to the store that were tried again are told where there are any.
     """
     rate = metrics.get("speed/images_per_second")
     remaining = (total_images - images_seen) / rate if rate else None
@@ -56,6 +56,8 @@ def training_line(metrics: Mapping[str, float], images_seen: int, total_images: 
     ]
     if metrics.get("data/corrupt_samples"):
         columns.append(f"{_counted(metrics['data/corrupt_samples'], 'corrupt sample')} skipped")
+    if metrics.get("data/store_retries"):
+        columns.append(f"{_counted(metrics['data/store_retries'], 'request')} tried again")
     return "  ".join(columns)
 
 

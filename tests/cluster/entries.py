@@ -1,5 +1,6 @@
 """What the tests let Ray's workers execute, beside the pipeline's own entries."""
 
+import logging
 import os
 import signal
 import threading
@@ -22,7 +23,12 @@ from pipeline.training.worker import Worker
 
 
 def few_updates(arguments: Mapping[str, Any], worker: Worker) -> dict[str, Any]:
-    """What all ranks saw and did in the updates of one log interval, and whether they are one model."""
+    """What all ranks saw and did in the updates of one log interval, and whether they are one model.
+
+    The last rank warns of something.
+    """
+    if worker.rank == worker.world_size - 1:
+        logging.getLogger("pipeline.data").warning("%d samples smell", 2)
     config = config_file.from_mapping(arguments["config"])
     data = load_index(config.data.root)
     training = Training(config, data, worker, NullTracker(), None)

@@ -45,7 +45,9 @@ def test_two_workers_see_the_images_of_one_and_stay_one_model(home: Home, cluste
     config = settle(home.config("cadence.log_images=16"), home.store)
     arguments = {"config": config_file.to_mapping(config), "images": 16}
     one = few_updates(arguments, LocalWorker())
-    two = launched(home, "few_updates", arguments, [])
+    said: list[str] = []
+    two = launched(home, "few_updates", arguments, said)
+    assert said == ["Worker 1: 2 samples smell"]
     assert two["images"] == one["images"]
     assert two["images_seen"] == one["images_seen"] == 16
     assert two["apart"] == 0

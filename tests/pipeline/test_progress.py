@@ -71,6 +71,7 @@ def test_training_lines_stand_below_each_other():
     assert "  3% waiting for data" in told and told.endswith("2 corrupt samples skipped")
     one = {"data/corrupt_samples": 1.0, "validation/corrupt_images": 1.0}
     assert training_line(one, 160, 4800).endswith("  1 corrupt sample skipped")
+    assert training_line({"data/store_retries": 3.0}, 160, 4800).endswith("  3 requests tried again")
     assert evaluation_line(one, 160).endswith("; 1 corrupt image left out")
     assert "8m 08s left" in first and "0s left" in last and "1234.5 nats KL" in last
 
