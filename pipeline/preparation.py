@@ -78,7 +78,7 @@ def prepare(
 def settle(config: RunConfig, store_url: str, record: RunRecord | None = None) -> RunConfig:
     """The configuration with its open ends closed: where the data lie, how many lanes.
 
-    Raises ConfigError if what was settled when the run began does not fit what is asked now.
+    A run keeps the lanes that it began with, whatever its batch size is now.
     """
     lanes = config.data.lanes
     if lanes is None and record is not None:

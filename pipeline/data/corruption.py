@@ -28,8 +28,8 @@ class CorruptSampleError(ShardError):
         self.key, self.root = key, root
         self.what = f"{place}: sample {key!r} at byte {offset:,}: {what}"
         super().__init__(
-            f"{self.what}. The shard was damaged or replaced; `nvae shards verify {root}` lists "
-            f"everything that is wrong. Restore the shard, or build the data set again, and start the run "
+            f"{self.what}. The shard was damaged or replaced; `nvae shards verify {root}` finds "
+            f"all that are. Restore the shard, or build the data set again, and start the run "
             f"again: it continues. data.on_corrupt=skip trains without such samples."
         )
 
@@ -58,8 +58,8 @@ class Losses:
             raise ShardError(
                 f"{self._lost:,} of the {self._asked:,} samples that this worker has read are corrupt: more "
                 f"than data.max_corrupt_fraction = {self._most:g} allows (of {LEAST_ASKED_FOR:,} samples at "
-                f"least). The last one: {lost[-1].what}. `nvae shards verify {lost[-1].root}` lists "
-                f"everything that is wrong; restore the data set and start the run again: it continues."
+                f"least). The last one: {lost[-1].what}. `nvae shards verify {lost[-1].root}` finds "
+                f"every damaged shard; restore the data set and start the run again: it continues."
             )
 
     def _tell(self, error: CorruptSampleError) -> None:
