@@ -26,7 +26,6 @@ from pipeline.storage_errors import (
     explain,
     is_final,
     is_mistake,
-    may_hide_expiry,
     retry_after,
 )
 from pipeline.urls import StoreError, is_local
@@ -104,7 +103,6 @@ class Patience:
         self._store = buckets.environment(url)
         self._tries = 0
         self._since = time.monotonic()
-        self._renewed = False
 
     def answered(self) -> None:
         """The store gave what was asked for, or began to."""
@@ -133,21 +131,16 @@ class Patience:
             if is_mistake(error):
                 raise error
             raise explain(error, self._url) from error
-        refused = about_credentials(error) or may_hide_expiry(error)
-        (_renewing if refused else _trying_again).say(error, self._url)
+        (_renewing if about_credentials(error) else _trying_again).say(error, self._url)
         if not _slept(pause):
             raise explain(error, self._url) from error
         self._tries += 1
         count(retries=1, paused_seconds=pause)
 
     def _is_worth_another_try(self, error: Exception) -> bool:
-        if self._store in _accepted:
-            if about_credentials(error):
-                buckets.renew(self._url)
-                return True
-            if may_hide_expiry(error) and not self._renewed:
-                self._renewed = buckets.renew(self._url)
-                return True
+        if self._store in _accepted and about_credentials(error):
+            buckets.renew(self._url)
+            return True
         return not is_final(error)
 
 

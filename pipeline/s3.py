@@ -15,7 +15,7 @@ from typing import Any
 from pipeline.buckets import system
 from pipeline.limits import limits
 from pipeline.patience import patiently
-from pipeline.storage_errors import code_of
+from pipeline.storage_errors import code_of, is_unexplained
 from pipeline.transfer import Answer, described
 
 _BLOCK_BYTES = 4 << 20
@@ -88,7 +88,18 @@ def _blocks(loop: Any, body: Any) -> Iterator[bytes]:
 
 def size(url: str) -> int:
     """Bytes of an object. Raises FileNotFoundError, also for a folder."""
-    return int(_ask(url, "head_object", Key=_place(url)[1])["ContentLength"])
+    key = _place(url)[1]
+    try:
+        return int(_ask(url, "head_object", Key=key)["ContentLength"])
+    except Exception as error:
+        if not is_unexplained(error):
+            raise
+        # The answer to HEAD has no body to say why it refuses; that to GET does, or is no refusal.
+        answer = open_object(url, 0, None)
+        answer.close()
+        if answer.total is None:
+            raise
+        return answer.total
 
 
 def exists(url: str) -> bool:

@@ -132,8 +132,8 @@ def about_credentials(error: BaseException) -> bool:
     return code_of(error) in _CREDENTIAL_CODES or type(error).__name__ in _CREDENTIAL_TYPES
 
 
-def may_hide_expiry(error: BaseException) -> bool:
-    """Whether this is a refusal without a reason: the answer to HEAD has no body to give one."""
+def is_unexplained(error: BaseException) -> bool:
+    """Whether this is a refusal that gives no reason, as the answers to HEAD do."""
     return code_of(error) in ("400", "401", "403")
 
 

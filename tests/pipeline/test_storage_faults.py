@@ -273,7 +273,7 @@ def test_credentials_that_expire_in_the_middle_are_looked_up_anew(
     assert storage.read_bytes(stored, 0, 10) == CONTENT[:10]
     fault_proxy.add(Fail(400, "ExpiredToken"), lambda request: request.access_key == s3_server.ACCESS_KEY)
     # The new key comes a little late, as it does in life.
-    threading.Timer(0.3, issue, [s3_server.SECOND_ACCESS_KEY]).start()
+    threading.Timer(1.0, issue, [s3_server.SECOND_ACCESS_KEY]).start()
     before = storage.statistics()
     # The answer to HEAD cannot say why it refuses.
     assert storage.size(stored) == len(CONTENT)
