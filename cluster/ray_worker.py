@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline import run_folder
+from pipeline.training.worker import Phase
 
 
 class RayWorker:
@@ -59,10 +60,16 @@ class RayWorker:
         """
         ray.train.report(dict(metrics))
 
+    def stop_wanted(self) -> bool:
+        return self.rank == 0 and run_folder.stop_requested(self._run_url)
+
     def stop_requested(self) -> bool:
         """Whether the run was asked to stop, agreed by all ranks. Collective."""
-        asked = self.rank == 0 and run_folder.stop_requested(self._run_url)
-        return bool(self.all_reduce(torch.tensor(float(asked), device=self.device)).item())
+        wanted = torch.tensor(float(self.stop_wanted()), device=self.device)
+        return bool(self.all_reduce(wanted).item())
+
+    def mark(self, phase: Phase, images_seen: int) -> None:
+        """Nobody watches."""
 
     def say(self, line: str) -> None:
         """Show a line to the user; rank 0 alone speaks."""

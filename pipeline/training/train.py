@@ -156,12 +156,14 @@ def train(
     # Closed however the loop is left, for the batches that are made ahead have threads.
     with closing(batches):
         for batch in batches:
+            worker.mark("update", state.images_seen)
             step(training, state, model, batch, metrics)
             cadence.advance(state.images_seen)
             scores: dict[str, float] = {}
             stopping = False
 
             if cadence.due("log"):
+                worker.mark("log", state.images_seen)
                 numbers = metrics.reduce()
                 tracker.log(numbers, at=state.images_seen)
                 worker.say(training_line(numbers, state.images_seen, total))
@@ -169,14 +171,17 @@ def train(
                 stopping = worker.stop_requested() and not cadence.at_the_end
             with metrics.paused():
                 if cadence.due("evaluate"):
+                    worker.mark("evaluate", state.images_seen)
                     scores = evaluate_and_show(training, state)
                 improved = scores.get(BEST_METRIC, math.inf) < state.best
                 if improved:
                     state.best = scores[BEST_METRIC]
                 if cadence.due("checkpoint") or stopping or improved:
+                    worker.mark("checkpoint", state.images_seen)
                     save(training, state, scores)
             if stopping:
                 return "stopped"
+            worker.mark("batch", state.images_seen)
     return "finished"
 
 

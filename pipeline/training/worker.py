@@ -11,7 +11,7 @@ import signal
 import threading
 from collections.abc import Callable, Mapping
 from types import FrameType, TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Literal, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,10 @@ from torch import Tensor, nn
 from pipeline import progress
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+Phase = Literal["start", "batch", "update", "log", "evaluate", "checkpoint", "finish"]
+"""What a rank is at, between two marks."""
 
 
 class Worker(Protocol):
@@ -53,11 +57,20 @@ class Worker(Protocol):
         Every rank must call it equally often.
         """
 
+    def stop_wanted(self) -> bool:
+        """Whether this rank knows of a wish that the training be saved and left.
+
+        Costs nothing and asks nobody: ranks may learn of it at different times.
+        """
+
     def stop_requested(self) -> bool:
-        """Whether the training should be saved and left; the same answer on every rank.
+        """Whether any rank knows of such a wish; the same answer on every rank.
 
         Every rank must call it equally often.
         """
+
+    def mark(self, phase: Phase, images_seen: int) -> None:
+        """This rank begins a phase of its work: how it is known to be alive, and where it is."""
 
     def say(self, line: str) -> None:
         """Shows a line to the user; of all ranks, 0 alone is heard."""
@@ -138,8 +151,14 @@ class LocalWorker:
     def report(self, metrics: Mapping[str, float]) -> None:
         """Nobody started this worker but its own process, which knows everything already."""
 
-    def stop_requested(self) -> bool:
+    def stop_wanted(self) -> bool:
         return self._signals.received or self._asked_to_stop()
+
+    def stop_requested(self) -> bool:
+        return self.stop_wanted()
+
+    def mark(self, phase: Phase, images_seen: int) -> None:
+        """Nobody watches."""
 
     def say(self, line: str) -> None:
         progress.say(line)
