@@ -106,13 +106,14 @@ def open_checkpoint(url: str) -> Checkpoint:
     return Checkpoint(manifest, images_seen, attempt, record, metrics)
 
 
-def newest(run_url: str) -> Checkpoint | None:
+def newest(run_url: str, at_most: int | None = None) -> Checkpoint | None:
     """The newest checkpoint of a run all of whose files are intact; None if it never had one.
 
-    Broken and unfinished ones are passed over, each with a warning that names what is
-    wrong. Raises CheckpointError if there are checkpoints and every one is broken: to
-    begin again from noise must be the user's decision. Raises NewerFormatError rather than
-    going back behind the checkpoint of a later release.
+    With `at_most` only those count that had seen at most so many images. Broken and
+    unfinished ones are passed over, each with a warning that names what is wrong. Raises
+    CheckpointError if there are checkpoints and every one is broken: to begin again from
+    noise must be the user's decision. Raises NewerFormatError rather than going back behind
+    the checkpoint of a later release.
     """
     passed_over: dict[Directory, str] = {}
     intact: dict[Directory, Checkpoint] = {}
@@ -120,6 +121,8 @@ def newest(run_url: str) -> Checkpoint | None:
     for _ in range(_PASSES):
         before, passed_over, found = passed_over, {}, None
         for directory in directories(run_url):
+            if at_most is not None and directory.images_seen > at_most:
+                continue
             try:
                 found = intact.get(directory) or _verified(directory.url)
             except NewerFormatError:

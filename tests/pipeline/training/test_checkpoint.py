@@ -182,6 +182,24 @@ def test_a_missing_and_a_swapped_file_are_named_in_the_log(
     assert "000000000128-001/model.safetensors: SHA-256" in caplog.text
 
 
+def test_the_newest_of_at_most_so_many_images_is_found(run: str) -> None:
+    write(run, 64, 128, 192, keep=9)
+    write(run, 160, 224, attempt=2, keep=9)
+    (Path(run) / "checkpoints" / "000000000128-001" / "ema.safetensors").unlink()
+    found = {images: newest(run, at_most=images) for images in (63, 64, 159, 160, 223, 224, 10**6)}
+    places = {images: c and (c.images_seen, c.attempt) for images, c in found.items()}
+    # A later attempt's is newer, though an earlier one had seen more images; damaged ones do not count.
+    assert places == {
+        63: None,
+        64: (64, 1),
+        159: (64, 1),
+        160: (160, 2),
+        223: (160, 2),
+        224: (224, 2),
+        10**6: (224, 2),
+    }
+
+
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_again_by_itself(run: str) -> None:
     write(run, 64)
     (Path(run) / "checkpoints" / "000000000064-001" / "model.safetensors").write_bytes(b"")
