@@ -29,11 +29,12 @@ from types import TracebackType
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
+
+from nvae.collectives import gather, sum_over_ranks, world_size
 
 Activation = Literal["none", "swish", "elu"]
 ActivationCheckpointing = Literal["none", "batch_norm", "cells"]
@@ -127,7 +128,7 @@ def batch_statistics(x: Tensor) -> Statistics:
     local_count = x.numel() // x.shape[1]
     # Two passes over the data in one kernel; updates nothing without running statistics.
     mean, variance = torch.batch_norm_update_stats(x, None, None, 0.0)
-    if _world_size() == 1:
+    if world_size() == 1:
         if local_count == 1:
             raise ValueError(
                 f"a layer in need of the batch's variance has one value per channel in an input of "
@@ -135,7 +136,8 @@ def batch_statistics(x: Tensor) -> Statistics:
             )
         return Statistics(mean, variance, mean.new_tensor(local_count))
     mine = torch.cat([mean, variance, mean.new_tensor([local_count])])
-    return combine(_gather(mine))
+    # The one collective of a layer's forward pass.
+    return combine(gather(mine))
 
 
 def combine(gathered: Tensor) -> Statistics:
@@ -180,10 +182,8 @@ class _Normalization(torch.autograd.Function):
         )
         grad_x = None
         if ctx.needs_input_grad[0]:
-            sums = torch.stack([grad_weight, grad_bias])
-            if _world_size() > 1:
-                # Every rank's x moves the mean and variance of all.
-                dist.all_reduce(sums)
+            # Every rank's x moves the mean and variance of all.
+            sums = sum_over_ranks(torch.stack([grad_weight, grad_bias]))
             grad_x = _input_gradient(grad, x, weight, mean, inverse_std, sums / count)
         return grad_x, grad_weight, grad_bias, None, None, None, None
 
@@ -229,17 +229,6 @@ def _input_gradient(
     c = -a * means[1] - b * mean
     a, b, c = (coefficient.view(1, -1, 1, 1) for coefficient in (a, b, c))
     return torch.addcmul(c, x, b).addcmul_(grad, a).to(x.dtype)
-
-
-def _world_size() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def _gather(mine: Tensor) -> Tensor:
-    """(N,) of every rank as (W, N): the one collective of a layer's forward pass."""
-    gathered = [torch.empty_like(mine) for _ in range(_world_size())]
-    dist.all_gather(gathered, mine)
-    return torch.stack(gathered)
 
 
 # --- recomputing whole cells -------------------------------------------------------------------

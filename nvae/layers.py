@@ -17,11 +17,11 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nvae.batch_norm import batch_statistics
+from nvae.collectives import sum_over_ranks, world_size
 
 _NORM_EPSILON = 1e-5
 
@@ -139,7 +139,7 @@ class DataInitializedConv2d(Conv2d):
         if self.forgetful:
             mean, spread = y.mean(dim=(0, 2, 3)), 5 * y.std(dim=(0, 2, 3))
             for statistic in (mean, spread):
-                _average_over_ranks(statistic)
+                sum_over_ranks(statistic).div_(world_size())
         else:
             statistics = batch_statistics(y)
             mean, spread = statistics.mean, 5 * statistics.unbiased_variance.sqrt()
@@ -236,9 +236,3 @@ def _length(weight: Tensor) -> Tensor:
     """Euclidean norm of each output channel's weights: (out, in, k, k) to (out, 1, 1, 1)."""
     length: Tensor = torch.linalg.vector_norm(weight, dim=(1, 2, 3), keepdim=True)
     return length
-
-
-def _average_over_ranks(tensor: Tensor) -> None:
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(tensor)
-        tensor /= dist.get_world_size()

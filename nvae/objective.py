@@ -11,9 +11,9 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from nvae.collectives import sum_over_ranks
 from nvae.config import NVAEConfig
 from nvae.model import Output
 from nvae.pixels import crop_border
@@ -27,9 +27,14 @@ def reconstruction(output: Output, images: Tensor, config: NVAEConfig) -> Tensor
     return -log_prob.sum(dim=(1, 2))
 
 
+def kl_per_channel(output: Output) -> Tensor:
+    """KL of each latent channel's posterior from its prior: (B, G, Z). With flows one draw's estimate."""
+    return torch.stack([group.kl_per_channel for group in output.groups], dim=1)
+
+
 def kl_per_group(output: Output) -> Tensor:
-    """KL of each group's posterior from its prior: (B, G). With flows one draw's estimate."""
-    return torch.stack([group.kl for group in output.groups], dim=1)
+    """The same added up over the channels of each group: (B, G)."""
+    return kl_per_channel(output).sum(dim=2)
 
 
 def nelbo(reconstruction_B: Tensor, kl_BG: Tensor) -> Tensor:
@@ -86,8 +91,8 @@ def balance(kl_BG: Tensor, weights: Tensor, config: NVAEConfig) -> Tensor:
     `published_compatibility` each rank uses its own images.
     """
     sums = torch.cat([(weights[:, None] * kl_BG.abs()).sum(0), weights.sum()[None]])
-    if not config.published_compatibility and dist.is_available() and dist.is_initialized():
-        dist.all_reduce(sums)
+    if not config.published_compatibility:
+        sum_over_ranks(sums)
     # The floor keeps a group that has collapsed from being charged nothing at all.
     cost = sums[:-1] / sums[-1] + 0.01
     gamma = cost / balancing_capacities(config.groups_per_scale).to(cost)

@@ -22,7 +22,6 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.profiler import record_function
 from torch.nn.parallel import DistributedDataParallel
@@ -32,6 +31,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from nvae import objective
 from nvae.batch_norm import BatchNorm
+from nvae.collectives import backward, sum_over_ranks, world_size
 from nvae.distributions import Noise
 from nvae.layers import shared_weights
 from nvae.model import NVAE
@@ -76,8 +76,8 @@ class StepResult:
     """The sum of the weights."""
     reconstruction: Tensor
     """-log p(x given z) in nats."""
-    kl_per_group: Tensor
-    """(G,) in nats, without coefficient or balance."""
+    kl_per_channel: Tensor
+    """(G, Z) in nats, without coefficient or balance."""
 
     loss: Tensor
     """What was minimized: the mean over the global batch, with coefficients and penalties."""
@@ -89,9 +89,14 @@ class StepResult:
     """Whether the update was made. If not, the weights and all other state are as before."""
 
     @property
+    def kl_per_group(self) -> Tensor:
+        """(G,) in nats: a sum over this rank's images."""
+        return self.kl_per_channel.sum(dim=1)
+
+    @property
     def nelbo(self) -> Tensor:
         """In nats, without coefficient or balance: a sum over this rank's images."""
-        return self.reconstruction + self.kl_per_group.sum()
+        return self.reconstruction + self.kl_per_channel.sum()
 
 
 def update(
@@ -113,7 +118,7 @@ def update(
     """
     network: NVAE = model.module if isinstance(model, DistributedDataParallel) else model  # type: ignore[assignment]
     batch = _Batch.of(images, flip, weights)
-    global_weight = _sum_over_ranks(batch.weights.sum())
+    global_weight = sum_over_ranks(batch.weights.sum())
     before = _Buffers(network)
     optimizer.zero_grad()
 
@@ -125,13 +130,13 @@ def update(
             with record_function("step/forward"):
                 terms = _forward(model, network, part, noise, coefficients, settings)
             # The loss is a sum over ranks, of which DistributedDataParallel makes a mean.
-            loss = terms.loss * (_world_size() / global_weight)
+            loss = terms.loss * (world_size() / global_weight)
             if is_last:
                 with record_function("step/penalties"):
                     penalties = _penalties(network, coefficients)
                 loss = loss + penalties.loss
             with record_function("step/backward"):
-                loss.backward()  # type: ignore[no-untyped-call]
+                backward(loss)
         # Detached: a graph, even a spent one, keeps what its checkpointed cells would need.
         done.append(replace(terms, loss=terms.loss.detach()))
         del terms, loss
@@ -139,7 +144,7 @@ def update(
     with record_function("step/optimizer"):
         total = _add(done)
         gradient_norm = get_total_norm(_gradients(network), foreach=True)
-        mean_loss, norms = _sum_over_ranks(torch.stack([total.loss / global_weight, gradient_norm]))
+        mean_loss, norms = sum_over_ranks(torch.stack([total.loss / global_weight, gradient_norm]))
         loss = mean_loss + penalties.loss.detach()
         finite = torch.isfinite(loss + norms)
         if finite:
@@ -152,7 +157,7 @@ def update(
     return StepResult(
         images=batch.weights.sum(),
         reconstruction=total.reconstruction,
-        kl_per_group=total.kl_per_group,
+        kl_per_channel=total.kl_per_channel,
         loss=loss,
         spectral=penalties.spectral.detach(),
         batch_norm_scale=penalties.batch_norm_scale.detach(),
@@ -188,7 +193,7 @@ class _Terms:
 
     loss: Tensor
     reconstruction: Tensor
-    kl_per_group: Tensor
+    kl_per_channel: Tensor
 
 
 def _forward(
@@ -205,15 +210,15 @@ def _forward(
     with torch.autocast(levels.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
         output = model(levels, noise)
     reconstruction = objective.reconstruction(output, levels, config)
-    kl = objective.kl_per_group(output)
-    charged = kl
+    kl_per_channel = objective.kl_per_channel(output)
+    charged = kl = kl_per_channel.sum(dim=2)
     if settings.kl_balancing and coefficients.kl < 1:
         charged = objective.balance(kl.detach(), weights, config) * kl
     loss = reconstruction + coefficients.kl * charged.sum(dim=1)
     return _Terms(
         loss=(weights * loss).sum(),
         reconstruction=(weights * reconstruction.detach()).sum(),
-        kl_per_group=weights.to(kl) @ kl.detach(),
+        kl_per_channel=torch.tensordot(weights.to(kl), kl_per_channel.detach(), dims=1),
     )
 
 
@@ -238,7 +243,7 @@ def _add(terms: Sequence[_Terms]) -> _Terms:
     return _Terms(
         loss=torch.stack([term.loss for term in terms]).sum(0),
         reconstruction=torch.stack([term.reconstruction for term in terms]).sum(0),
-        kl_per_group=torch.stack([term.kl_per_group for term in terms]).sum(0),
+        kl_per_channel=torch.stack([term.kl_per_channel for term in terms]).sum(0),
     )
 
 
@@ -281,16 +286,6 @@ def _communicating(model: nn.Module, yes: bool) -> AbstractContextManager[object
     if yes or not isinstance(model, DistributedDataParallel):
         return nullcontext()
     return model.no_sync()
-
-
-def _world_size() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def _sum_over_ranks(tensor: Tensor) -> Tensor:
-    if _world_size() > 1:
-        dist.all_reduce(tensor)
-    return tensor
 
 
 # --- what an update is given ------------------------------------------------------------------

@@ -140,7 +140,7 @@ def test_two_ranks_make_the_update_of_one(two_ranks, name):
     ours, theirs = two_ranks[0][name], two_ranks[1][name]
     alone = train(SCENARIOS[name].alone(), rank=0)
     for first, second, whole in zip(ours["results"], theirs["results"], alone["results"], strict=True):
-        for quantity in ("images", "reconstruction", "kl_per_group"):
+        for quantity in ("images", "reconstruction", "kl_per_channel"):
             assert_close(first[quantity] + second[quantity], whole[quantity], equal_nan=True)
         for quantity in ("loss", "spectral", "batch_norm_scale", "gradient_norm", "finite"):
             assert_close(first[quantity], whole[quantity], equal_nan=True)

@@ -32,7 +32,7 @@ def step(
     return StepResult(
         images=torch.tensor(images),
         reconstruction=torch.tensor(reconstruction),
-        kl_per_group=torch.tensor(kl),
+        kl_per_channel=torch.tensor(kl)[:, None],
         loss=torch.tensor(loss),
         spectral=torch.tensor(5.0),
         batch_norm_scale=torch.tensor(6.0),
