@@ -8,14 +8,15 @@ batch, up to the order of summation: batch norms and KL balancing take their sta
 all ranks, losses are divided by the weight of the global batch, and penalties are alike on all
 ranks, as are their gradients.
 
-A loss or gradient that is not finite leaves everything as it was, on all ranks: they add up
-one pair of numbers, and no rank steps unless the sums are finite. Asking for that is the one
-moment at which the host waits for the device; stepping under a mask on the device instead
-would take an optimizer of our own.
+An update that is not sound (health.py: something is not finite, or beyond the caller's limits)
+leaves everything as it was, on all ranks: they add up one short vector, and all decide by the sum.
+Asking for it is the one moment at which the host waits for the device; stepping under a mask on
+the device instead would take an optimizer of our own. What the caller wants all ranks to know
+(that one was asked to stop) travels in the same vector.
 """
 
 import hashlib
-from collections import defaultdict
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -33,6 +34,7 @@ from nvae import objective
 from nvae.batch_norm import BatchNorm
 from nvae.collectives import backward, sum_over_ranks, world_size
 from nvae.distributions import Noise
+from nvae.health import Buffers, Limits, Reading, agree
 from nvae.layers import shared_weights
 from nvae.model import NVAE
 from nvae.pixels import to_model
@@ -64,12 +66,15 @@ class StepSettings:
     gradient_clip_norm: float | None = None
 
 
+NO_LIMITS = Limits()
+
+
 @dataclass(frozen=True)
 class StepResult:
     """What happened, as tensors on the device: adding them up costs nothing, reading them waits.
 
     First sums over this rank's images, each times its weight; then values that are the same on
-    all ranks. Any may be infinite or nan if `finite` is false.
+    all ranks. Any may be infinite or nan if the update was not made.
     """
 
     images: Tensor
@@ -85,8 +90,8 @@ class StepResult:
     batch_norm_scale: Tensor
     gradient_norm: Tensor
     """L2 norm of the gradient before clipping and weight decay."""
-    finite: Tensor
-    """Whether the update was made. If not, the weights and all other state are as before."""
+    reading: Reading
+    """What the host knows already: whether the update was made, and if not, why."""
 
     @property
     def kl_per_group(self) -> Tensor:
@@ -110,16 +115,19 @@ def update(
     flip: Tensor | None = None,
     weights: Tensor | None = None,
     ema: AveragedModel | None = None,
+    limits: Limits = NO_LIMITS,
+    ballot: Sequence[float] = (),
 ) -> StepResult:
     """Train `model` on this rank's images, uint8 (B, C, H, W), and average its weights into `ema`.
 
     `noise` gives the latents' standard normal draws; `flip` (B,) says which images to mirror;
-    `weights` (B,) weighs them in the loss (0: not counted; default: all 1).
+    `weights` (B,) weighs them in the loss (0: not counted; default: all 1). The numbers of
+    `ballot`, equally many on all ranks, come back added up over ranks.
     """
     network: NVAE = model.module if isinstance(model, DistributedDataParallel) else model  # type: ignore[assignment]
     batch = _Batch.of(images, flip, weights)
     global_weight = sum_over_ranks(batch.weights.sum())
-    before = _Buffers(network)
+    before = Buffers(network)
     optimizer.zero_grad()
 
     done: list[_Terms] = []
@@ -144,11 +152,17 @@ def update(
     with record_function("step/optimizer"):
         total = _add(done)
         gradient_norm = get_total_norm(_gradients(network), foreach=True)
-        mean_loss, norms = sum_over_ranks(torch.stack([total.loss / global_weight, gradient_norm]))
-        loss = mean_loss + penalties.loss.detach()
-        finite = torch.isfinite(loss + norms)
-        if finite:
-            _clip(network, gradient_norm, settings)
+        agreement = agree(
+            loss=total.loss / global_weight,
+            penalties=penalties.loss.detach(),
+            gradient_norm=gradient_norm,
+            buffers=before.numbers,
+            weights=network.parameters(),
+            ballot=ballot,
+            limits=limits,
+        )
+        if agreement.reading.made:
+            _clip(network, agreement.gradient_norm, settings, limits)
             _step(optimizer, coefficients)
             if ema is not None:
                 ema.update_parameters(network)
@@ -158,11 +172,11 @@ def update(
         images=batch.weights.sum(),
         reconstruction=total.reconstruction,
         kl_per_channel=total.kl_per_channel,
-        loss=loss,
+        loss=agreement.loss,
         spectral=penalties.spectral.detach(),
         batch_norm_scale=penalties.batch_norm_scale.detach(),
-        gradient_norm=gradient_norm,
-        finite=finite,
+        gradient_norm=agreement.gradient_norm,
+        reading=agreement.reading,
     )
 
 
@@ -251,34 +265,18 @@ def _gradients(network: NVAE) -> list[Tensor]:
     return [p.grad for p in network.parameters() if p.grad is not None]
 
 
-def _clip(network: NVAE, gradient_norm: Tensor, settings: StepSettings) -> None:
-    if settings.gradient_clip_norm is not None:
-        clip_grads_with_norm_(network.parameters(), settings.gradient_clip_norm, gradient_norm, foreach=True)
+def _clip(network: NVAE, gradient_norm: Tensor, settings: StepSettings, limits: Limits) -> None:
+    highest = math.inf if settings.gradient_clip_norm is None else settings.gradient_clip_norm
+    if limits.clip:
+        highest = min(highest, limits.gradient_norm)
+    if math.isfinite(highest):
+        clip_grads_with_norm_(network.parameters(), highest, gradient_norm, foreach=True)
 
 
 def _step(optimizer: Optimizer, coefficients: Coefficients) -> None:
     for group in optimizer.param_groups:
         group["lr"] = coefficients.learning_rate
     optimizer.step()
-
-
-class _Buffers:
-    """A copy of a model's buffers, to put back. One tensor per type: few and large copies."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._buffers: dict[torch.dtype, list[Tensor]] = defaultdict(list)
-        for buffer in model.buffers():
-            self._buffers[buffer.dtype].append(buffer)
-        self._copies = {
-            dtype: torch.cat([buffer.reshape(-1) for buffer in buffers])
-            for dtype, buffers in self._buffers.items()
-        }
-
-    def restore(self) -> None:
-        for dtype, buffers in self._buffers.items():
-            parts = torch.split(self._copies[dtype], [buffer.numel() for buffer in buffers])
-            for buffer, part in zip(buffers, parts, strict=True):
-                buffer.copy_(part.view_as(buffer))
 
 
 def _communicating(model: nn.Module, yes: bool) -> AbstractContextManager[object]:

@@ -32,7 +32,7 @@ NAMES = MappingProxyType(
         "train/spectral_penalty": "largest singular values added up, without coefficient; mean over updates",
         "train/batch_norm_penalty": "largest scales added up, without coefficient; mean over updates",
         "train/gradient_norm": "L2 norm of the gradient before clipping; mean over updates",
-        "train/skipped_updates": "updates that were not made because loss or gradient was not finite",
+        "train/skipped_updates": "updates that were not made: not finite, or a spike",
         "train/skipped_fraction": "their share of all updates of the interval",
         "schedule/learning_rate": "of the last update",
         "schedule/kl_coefficient": "of the last update",
@@ -97,7 +97,8 @@ class Metrics:
                 *result.kl_per_group,
             ]
         ).double()
-        values = torch.where(result.finite, values, 0.0)
+        if not result.reading.made:
+            values = torch.zeros_like(values)
         images = result.images.double()
         self._sums = values if self._sums is None else self._sums + values
         self._images_passed = images if self._images_passed is None else self._images_passed + images

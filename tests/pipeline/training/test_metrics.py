@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from nvae.config import NVAEConfig
+from nvae.health import Reading
 from nvae.step import Coefficients, StepResult
 from pipeline import limits
 from pipeline.training.metrics import NAMES, Metrics
@@ -26,7 +27,7 @@ def step(
     reconstruction: float = 100.0,
     kl: tuple[float, ...] = (1.0, 2.0),
     loss: float = 30.0,
-    finite: bool = True,
+    made: bool = True,
 ) -> StepResult:
     """An update whose `reconstruction` and `kl` are sums over `images` images."""
     return StepResult(
@@ -37,7 +38,7 @@ def step(
         spectral=torch.tensor(5.0),
         batch_norm_scale=torch.tensor(6.0),
         gradient_norm=torch.tensor(7.0),
-        finite=torch.tensor(finite),
+        reading=Reading(loss=0.0, gradient_norm=0.0, made=made),
     )
 
 
@@ -174,7 +175,7 @@ def test_a_skipped_update_is_counted_and_does_not_spoil_the_means() -> None:
     metrics = local()
     metrics.add(step(), COEFFICIENTS, 0.0)
     bad = math.nan
-    metrics.add(step(reconstruction=bad, kl=(bad, math.inf), loss=bad, finite=False), COEFFICIENTS, 0.0)
+    metrics.add(step(reconstruction=bad, kl=(bad, math.inf), loss=bad, made=False), COEFFICIENTS, 0.0)
     found = metrics.reduce()
     assert found["train/skipped_updates"] == 1
     assert found["train/skipped_fraction"] == 0.5
@@ -184,7 +185,7 @@ def test_a_skipped_update_is_counted_and_does_not_spoil_the_means() -> None:
 
 def test_an_interval_of_skipped_updates_alone_is_nan_and_says_so() -> None:
     metrics = local()
-    metrics.add(step(finite=False), COEFFICIENTS, 0.0)
+    metrics.add(step(made=False), COEFFICIENTS, 0.0)
     found = metrics.reduce()
     assert found["train/skipped_fraction"] == 1.0
     assert math.isnan(found["train/nelbo_nats"])
@@ -226,7 +227,10 @@ def test_every_name_is_described_and_mlflow_allows_it() -> None:
 
 def test_nothing_but_the_reduction_reads_from_the_device() -> None:
     # A meta tensor has no value: reading one raises.
-    on_meta = {name: value.to("meta") for name, value in vars(step()).items()}
+    on_meta = {
+        name: value.to("meta") if isinstance(value, torch.Tensor) else value
+        for name, value in vars(step()).items()
+    }
     metrics = local()
     metrics.add(StepResult(**on_meta), COEFFICIENTS, 0.0)
     with pytest.raises((RuntimeError, NotImplementedError)):
