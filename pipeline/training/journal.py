@@ -3,12 +3,17 @@
 RUN/journal/003-00000.jsonl     a segment: what the third attempt noted, one JSON object a line
 RUN/pictures/, RUN/files/       pictures and files that the lines name
 
-A line is complete or it is ignored; its time is fixed when it is noted, so that sending it
-twice to MLflow stores it once. On a local store the segments are written in place. On any
-other they are written to a private folder of this machine and copied every few seconds,
-whole, because objects cannot grow; segments are short to keep that cheap. `durable` lines
-are those that the store has: only they are delivered, since a line that MLflow has and the
-store has not would be noted again, at another time, by a successor on another machine.
+A line carries a CRC-32 of itself, so it is whole or it is left out, and what is beside a
+damaged one is still read. Its time is fixed when it is noted, so that sending it twice to
+MLflow stores it once. On a local store the segments are written in place, and forced to
+the disk every few seconds. On any other they are written to a private folder of this
+machine and copied every few seconds, whole, because objects cannot grow; segments are short
+to keep that cheap. `durable` lines are those that outlive this machine: only they are
+delivered, since a line that MLflow has and the store has not would be noted again, at
+another time, by a successor. While a disk is full, lines wait in memory.
+
+A line of a hundred metrics takes 5 KB. A week at one line a minute is 50 MB, and nothing
+is ever deleted before the run is.
 
 Rejected: one growing file (a copy of everything every few seconds), and MLflow's own
 asynchronous logging (measured: it drops what fails after its retries).
@@ -23,6 +28,8 @@ import shutil
 import tempfile
 import threading
 import time
+import zlib
+from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,8 +43,13 @@ _FIELDS = {"artifact": ("path", "folder"), "tag": ("key", "value"), "status": ("
 
 SEGMENT_BYTES = 256 << 10
 COPY_SECONDS = 3.0
+LINES_IN_MEMORY = 10_000
+"""How many lines wait for room on a full disk; the oldest are given up first."""
 
 _SEGMENT = re.compile(r"(?P<attempt>\d{3,9})-(?P<number>\d{5,9})\.jsonl")
+# JSON escapes the quotes in strings, so neither the beginning nor the end is ever inside of a record.
+_RECORD = re.compile(rb'\{"kind":(?:(?!\{"kind":).)*?,"crc":"[0-9a-f]{8}"\}', re.DOTALL)
+_CRC_LENGTH = len(',"crc":"01234567"}')
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +69,8 @@ class Entry:
 def encode(entry: Entry) -> bytes:
     """The line of an entry. Numbers that JSON lacks are written as "nan", "inf", "-inf"."""
     record = {"kind": entry.kind, "time": entry.time, **entry.body}
-    return json.dumps(record, separators=(",", ":"), allow_nan=False).encode() + b"\n"
+    text = json.dumps(record, separators=(",", ":"), allow_nan=False).encode()
+    return text[:-1] + _crc(text) + b"\n"
 
 
 def json_number(value: float) -> float | str:
@@ -66,28 +79,46 @@ def json_number(value: float) -> float | str:
 
 
 def decode(data: bytes) -> Iterator[Entry]:
-    """The entries in the complete lines of `data`; a damaged line is a warning.
+    """The entries whose lines are as they were written; what is damaged is a warning.
 
-    Only a disk that was full, or somebody's editor, damages a line that has an end.
+    A last line that has no end yet is no damage.
     """
-    for line in data[: complete(data)].splitlines():
-        try:
-            record = json.loads(line)
-            kind, moment = record.pop("kind"), int(record.pop("time"))
-            if kind == "metrics":
-                record = {
-                    "at": int(record["at"]),
-                    "values": {name: float(value) for name, value in record["values"].items()},
-                }
-            elif not all(isinstance(record[field], str) for field in _FIELDS[kind]):
-                raise TypeError(f"fields of {kind}")
-            yield Entry(kind, moment, record)
-        except (ValueError, KeyError, TypeError, AttributeError):
-            logger.warning("a damaged line of the journal is left out: %r", line[:80])
+    lines = data.split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        found = [line] if _is_whole(line) else [part for part in _RECORD.findall(line) if _is_whole(part)]
+        damaged = len(line) - sum(map(len, found))
+        if damaged and number < len(lines):
+            logger.warning("%d bytes of the journal are damaged and left out: %r", damaged, line[:80])
+        for record in found:
+            try:
+                yield _entry(json.loads(record))
+            except (ValueError, KeyError, TypeError, AttributeError):
+                logger.warning("a line of the journal is not understood and left out: %r", record[:80])
+
+
+def _is_whole(record: bytes) -> bool:
+    """Whether the CRC-32 at its end is that of what stands before."""
+    text, end = record[:-_CRC_LENGTH] + b"}", record[-_CRC_LENGTH:]
+    return end == _crc(text)
+
+
+def _crc(text: bytes) -> bytes:
+    return b',"crc":"%08x"}' % zlib.crc32(text)
+
+
+def _entry(record: dict[str, Any]) -> Entry:
+    kind, moment = record.pop("kind"), int(record.pop("time"))
+    del record["crc"]
+    if kind == "metrics":
+        values = {name: float(value) for name, value in record["values"].items()}
+        return Entry(kind, moment, {"at": int(record["at"]), "values": values})
+    if not all(isinstance(record[field], str) for field in _FIELDS[kind]):
+        raise TypeError(f"fields of {kind}")
+    return Entry(kind, moment, record)
 
 
 def complete(data: bytes) -> int:
-    """Length of the complete lines of `data`, in bytes."""
+    """Length of the lines of `data` that have an end, in bytes."""
     return data.rfind(b"\n") + 1
 
 
@@ -134,30 +165,35 @@ class Journal(StoredJournal):
         (self._folder / "journal").mkdir(parents=True, exist_ok=True)
         self._lock, self._copy_lock = threading.Lock(), threading.Lock()
         self._file: BinaryIO | None = None
+        self._waiting: deque[bytes] = deque()
+        """Lines for which the disk has no room."""
         self._written: dict[str, int] = {}
         """Bytes of each own segment."""
         self._durable: dict[str, int] = {}
-        """How many of them the store has, or the disk where they are written in place."""
+        """How many of them outlive this machine."""
         self._new_files: list[str] = []
-        """Pictures and files that it does not have yet."""
+        """Pictures and files that do not, yet."""
         self._troubled = False
         self._closed = threading.Event()
         self._copier = threading.Thread(
             target=self._copy_regularly, args=(copy_seconds,), name="journal", daemon=True
         )
-        if not self._in_place:
-            self._copier.start()
+        self._copier.start()
 
     def note(self, kind: Kind, **body: Any) -> None:
         """Appends one line. From here on it survives the death of this process."""
         line = encode(Entry(kind, time.time_ns() // 1_000_000, body))
         with self._lock:
+            self._waiting.append(line)
             try:
-                self._append(line)
+                self._write_waiting()
             except OSError as error:
-                # Half a line may be there: the next one goes to another segment.
-                self._leave_segment()
-                self._warn(f"the journal cannot be written, points are lost: {error}")
+                if len(self._waiting) > LINES_IN_MEMORY:
+                    self._waiting.popleft()
+                self._warn(
+                    f"the journal cannot be written, its lines wait in memory, the last {LINES_IN_MEMORY:,} "
+                    f"at most: {error}"
+                )
 
     def attach(self, path: str, data: bytes) -> bool:
         """Keeps a picture or file at `path` below the run's folder; whether it could."""
@@ -174,8 +210,10 @@ class Journal(StoredJournal):
         return True
 
     def sync(self) -> bool:
-        """Brings the store up to date; whether it has everything noted before the call."""
+        """Makes the journal outlive this machine; whether it has everything noted before the call."""
         try:
+            with self._lock:
+                self._write_waiting()
             with self._copy_lock:
                 self._copy()
         except (storage.StoreError, OSError) as error:
@@ -185,18 +223,17 @@ class Journal(StoredJournal):
         return True
 
     def own_segments(self) -> dict[str, int]:
-        """Bytes that may be read of each segment of this attempt, in order."""
+        """Durable bytes of each segment of this journal's own, in order."""
         with self._lock:
-            # In place, the death of this process loses nothing that was written.
-            return dict(self._written if self._in_place else self._durable)
+            return {name: self._durable.get(name, 0) for name in self._written}
 
     def read(self, segment: str) -> bytes:
-        """What may be read of a segment, from this machine's disk if it is our own."""
-        readable = self.own_segments().get(segment)
-        if readable is None:
+        """What is durable of a segment, from this machine's disk if it is our own."""
+        durable = self.own_segments().get(segment)
+        if durable is None:
             return super().read(segment)
         with (self._folder / "journal" / segment).open("rb") as file:
-            return file.read(readable)
+            return file.read(durable)
 
     def read_file(self, path: str) -> bytes:
         local = self._folder / path
@@ -210,6 +247,8 @@ class Journal(StoredJournal):
         complete = self.sync()
         with self._lock:
             self._leave_segment()
+        if self._waiting:
+            logger.error("%d lines of the journal of %s are lost", len(self._waiting), self.run_url)
         if self._in_place:
             return
         if complete:
@@ -217,14 +256,27 @@ class Journal(StoredJournal):
         else:
             logger.warning("the end of the journal of %s is in %s only", self.run_url, self._folder)
 
+    def _write_waiting(self) -> None:
+        """Appends what waits. Raises OSError, with the rest still waiting, if there is no room."""
+        while self._waiting:
+            self._append(self._waiting[0])
+            self._waiting.popleft()
+
     def _append(self, line: bytes) -> None:
         """Appends to the open segment, or to a new one if there is none or it is full."""
         if self._file is None:
             self._file = self._new_segment()
-        if self._file.write(line) != len(line):
-            raise OSError("the disk took only a part of a line")
+            self._written[self._segment()] = 0
         name = self._segment()
-        self._written[name] = self._written.get(name, 0) + len(line)
+        length = self._written[name]
+        try:
+            if self._file.write(line) != len(line):
+                raise OSError("the disk took only a part of a line")
+        except OSError:
+            self._file.truncate(length)
+            self._file.seek(length)
+            raise
+        self._written[name] = length + len(line)
         if self._written[name] >= SEGMENT_BYTES:
             self._leave_segment()
 
@@ -243,14 +295,17 @@ class Journal(StoredJournal):
         if self._file is not None:
             self._file.close()
             self._file = None
-        self._number += 1
+            self._number += 1
 
     def _copy(self) -> None:
         with self._lock:
             files, segments = list(self._new_files), dict(self._written)
         # Pictures before the lines that name them.
         for path in files:
-            self._persist(path)
+            try:
+                self._persist(path)
+            except FileNotFoundError:
+                logger.warning("%s was deleted before it was copied", path)
             with self._lock:
                 self._new_files.remove(path)
         for name, length in segments.items():
@@ -261,11 +316,18 @@ class Journal(StoredJournal):
 
     def _persist(self, path: str, length: int = -1) -> None:
         """Makes the first `length` bytes of a file (-1: all) outlive this machine's breakdown."""
-        with (self._folder / path).open("rb") as file:
-            if self._in_place:
-                os.fsync(file.fileno())
-            else:
-                storage.write_bytes(storage.join(self.run_url, path), file.read(length))
+        local = self._folder / path
+        if self._in_place:
+            # A new file's name is in its folder.
+            for place in (local, local.parent):
+                descriptor = os.open(place, os.O_RDONLY)
+                try:
+                    os.fsync(descriptor)
+                finally:
+                    os.close(descriptor)
+            return
+        with local.open("rb") as file:
+            storage.write_bytes(storage.join(self.run_url, path), file.read(length))
 
     def _copy_regularly(self, seconds: float) -> None:
         while not self._closed.wait(seconds):

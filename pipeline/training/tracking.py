@@ -309,9 +309,10 @@ class _Courier(threading.Thread):
     def _deliver(self) -> None:
         self._delivery.connect()
         if self._backlog is None:
+            segments = self._journal.segments()
             own = self._journal.own_segments()
             self._positions = self._recall()
-            self._backlog = [name for name in self._journal.segments() if name not in own]
+            self._backlog = [name for name in segments if name not in own]
         while self._backlog:
             self._deliver_segment(self._backlog[0], own=False)
             self._backlog.pop(0)
