@@ -2,10 +2,11 @@
 exported model both are.
 
 A directory counts only once its manifest.json is there, and the manifest names every file
-with its length and SHA-256. So a writer that dies half way leaves nothing that looks whole,
-and a reader never uses a byte that the manifest does not vouch for. Tensors are safetensors:
-no pickle can be reached from here. Rejected: a checksum beside each file (a mixed directory
-of two writers would pass), and memory-mapping the checked file (it may change in between).
+with its length and SHA-256, and itself has a checksum. So a writer that dies half way leaves
+nothing that looks whole, and a reader never uses a byte that the manifest does not vouch for.
+Tensors are safetensors: no pickle can be reached from here. Rejected: a checksum beside each
+file (a mixed directory of two writers would pass), and memory-mapping the checked file (it
+may change in between).
 """
 
 import hashlib
@@ -25,6 +26,8 @@ from pipeline import storage
 from pipeline.errors import InputError
 
 MANIFEST = "manifest.json"
+CHECKSUM = "checksum"
+"""Of the rest of the manifest."""
 # A manifest is a configuration, some metrics and a few hashes; a safetensors header has about
 # 150 bytes per tensor and NVAE's largest published model 5,000 tensors. Whatever is far above
 # that is a mistake or an attack on our memory: a header takes up to twenty times its length.
@@ -65,7 +68,12 @@ class Manifest:
 
 
 def write_directory(
-    url: str, files: Iterable[tuple[str, bytes]], *, format: str, version: int, fields: Mapping[str, Any]
+    url: str,
+    files: Iterable[tuple[str, bytes | memoryview]],
+    *,
+    format: str,
+    version: int,
+    fields: Mapping[str, Any],
 ) -> Manifest:
     """Writes the files one by one, then the manifest, which makes the directory count.
 
@@ -84,9 +92,22 @@ def write_directory(
         **fields,
         "files": {name: {"bytes": entry.bytes, "sha256": entry.sha256} for name, entry in entries.items()},
     }
-    text = json.dumps(record, indent=2, allow_nan=False).encode()
+    text = sealed(record)
     storage.write_bytes(storage.join(url, MANIFEST), text)
     return _parse_manifest(url, text, {format: version})
+
+
+def sealed(record: Mapping[str, Any]) -> bytes:
+    """The text of a manifest that says `record`, with the checksum by which damage is noticed.
+
+    It is taken of this very text without the checksum, which reading and writing JSON repeats.
+    """
+    plain = {name: value for name, value in record.items() if name != CHECKSUM}
+    return json.dumps(plain | {CHECKSUM: _checksum(plain)}, indent=2, allow_nan=False).encode()
+
+
+def _checksum(plain: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(plain).encode()).hexdigest()
 
 
 def read_manifest(url: str, *, format: str, version: int) -> Manifest:
@@ -119,12 +140,18 @@ def _parse_manifest(url: str, text: bytes, versions: Mapping[str, int]) -> Manif
     location = storage.shown(storage.join(url, MANIFEST))
     try:
         record = json.loads(text)
+        found = record.pop(CHECKSUM, None) if isinstance(record, dict) else None
+        expected = _checksum(record)
     except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{location}: not valid JSON ({error}); it was cut short or replaced.") from error
     format = record.get("format") if isinstance(record, dict) else None
     if not isinstance(format, str) or format not in versions:
         raise ArtifactError(
             f"{location}: the format is {format!r}, not {' or '.join(versions)}; check the address."
+        )
+    if found != expected:
+        raise ArtifactError(
+            f"{location}: its checksum is not that of its content; the manifest was damaged or changed."
         )
     version = record.get("format_version")
     if type(version) is not int or version < 1:

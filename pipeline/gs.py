@@ -81,9 +81,10 @@ def _listed(url: str) -> dict[str, dict[str, Any]]:
     return {name: entry for name, entry in named.items() if name and entry["name"].startswith(folder)}
 
 
-def write(url: str, data: bytes) -> None:
+def write(url: str, data: bytes | memoryview) -> None:
     """Put an object of these bytes, under our patience."""
-    patiently(lambda: system(url).pipe_file(url, data), url)
+    # What gcsfs does with a memoryview is not documented.
+    patiently(lambda: system(url).pipe_file(url, bytes(data)), url)
 
 
 def upload(local: Path, url: str) -> None:

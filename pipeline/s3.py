@@ -155,7 +155,7 @@ def _pages(url: str, **arguments: Any) -> Iterator[dict[str, Any]]:
 # --- writing ----------------------------------------------------------------------------------
 
 
-def write(url: str, data: bytes) -> None:
+def write(url: str, data: bytes | memoryview) -> None:
     """Put an object of these bytes, under our patience."""
     view = memoryview(data)
     _put(url, len(data), lambda start, stop: bytes(view[start:stop]))

@@ -17,7 +17,7 @@ single checkpoint in place (a kill loses both), pickled optimizer state.
 import logging
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -64,6 +64,8 @@ class Checkpoint:
     """What the training recorded beside its tensors: configuration, interventions."""
     metrics: Mapping[str, float | None]
     """Metrics at that moment; None for one that was not finite."""
+    _read: dict[str, dict[str, Tensor]] = field(default_factory=dict, repr=False, compare=False)
+    """Tensors of files that were read and not asked for since."""
 
     @property
     def url(self) -> str:
@@ -75,12 +77,25 @@ class Checkpoint:
         Raises ArtifactError if the file is not exactly what was written.
         """
         file_name = f"{name}.safetensors"
-        return tensors_from_bytes(read_verified(self.manifest, file_name), storage.join(self.url, file_name))
+        if file_name in self._read:
+            return self._read.pop(file_name)
+        return self._tensors(file_name)
+
+    def read(self) -> None:
+        """Reads every file and keeps it until `load` asks for it.
+
+        Raises ArtifactError naming the first that is not what was written.
+        """
+        for file_name in self.manifest.files:
+            self._read[file_name] = self._tensors(file_name)
 
     def verify(self) -> None:
-        """Reads every file; raises ArtifactError naming the first that is not what was written."""
-        for name in self.manifest.files:
-            read_verified(self.manifest, name)
+        """Like `read`, but keeps nothing."""
+        for file_name in self.manifest.files:
+            read_verified(self.manifest, file_name)
+
+    def _tensors(self, file_name: str) -> dict[str, Tensor]:
+        return tensors_from_bytes(read_verified(self.manifest, file_name), storage.join(self.url, file_name))
 
 
 def open_checkpoint(url: str) -> Checkpoint:
@@ -103,35 +118,41 @@ def open_checkpoint(url: str) -> Checkpoint:
             f"{storage.join(url, MANIFEST)}: images_seen, attempt, record or metrics is missing or of "
             "the wrong type; the manifest was not written by us."
         )
+    name = _DIRECTORY.fullmatch(url.rstrip("/").rpartition("/")[2])
+    if name and (int(name["images"]), int(name["attempt"])) != (images_seen, attempt):
+        raise ArtifactError(
+            f"{url}: holds the checkpoint of attempt {attempt} at {images_seen:,} images; somebody "
+            "renamed or copied it."
+        )
     return Checkpoint(manifest, images_seen, attempt, record, metrics)
 
 
 def newest(run_url: str, at_most: int | None = None) -> Checkpoint | None:
     """The newest checkpoint of a run all of whose files are intact; None if it never had one.
 
-    With `at_most` only those count that had seen at most so many images. Broken and
-    unfinished ones are passed over, each with a warning that names what is wrong. Raises
+    With `at_most` only those count that had seen at most so many images. Its files have been
+    read and wait for `load`: they are read once, and who deletes them now does no harm. Broken
+    and unfinished ones are passed over, each with a warning that names what is wrong. Raises
     CheckpointError if there are checkpoints and every one is broken: to begin again from
     noise must be the user's decision. Raises NewerFormatError rather than going back behind
     the checkpoint of a later release.
     """
     passed_over: dict[Directory, str] = {}
-    intact: dict[Directory, Checkpoint] = {}
-    found = None
+    found: tuple[Directory, Checkpoint] | None = None
     for _ in range(_PASSES):
-        before, passed_over, found = passed_over, {}, None
+        before, passed_over = passed_over, {}
         for directory in directories(run_url):
             if at_most is not None and directory.images_seen > at_most:
                 continue
+            if found and found[0] == directory:
+                break
             try:
-                found = intact.get(directory) or _verified(directory.url)
+                found = directory, _read(directory.url)
+                break
             except NewerFormatError:
                 raise
             except ArtifactError as error:
                 passed_over[directory] = str(error)
-            else:
-                intact[directory] = found
-                break
         if not passed_over or passed_over == before:
             break
     for reason in passed_over.values():
@@ -142,7 +163,7 @@ def newest(run_url: str, at_most: int | None = None) -> Checkpoint | None:
             f"{checkpoints_url(run_url)}: none of its {len(damaged)} checkpoints is intact (the log says "
             "what is wrong with each). Restore one of them, or delete them all to train from the beginning."
         )
-    return found
+    return found[1] if found else None
 
 
 def open_attempt(run_url: str, images_seen: int, attempt: int) -> Checkpoint:
@@ -178,10 +199,10 @@ def best(run_url: str, metric: str = BEST_METRIC) -> Checkpoint | None:
     return newest(run_url)
 
 
-def _verified(url: str) -> Checkpoint:
+def _read(url: str) -> Checkpoint:
     try:
         checkpoint = open_checkpoint(url)
-        checkpoint.verify()
+        checkpoint.read()
     except storage.MissingError as error:
         # Between the question whether it exists and the reading.
         raise ArtifactError(f"{url}: was deleted while it was being read.") from error

@@ -1,9 +1,13 @@
 """Writing checkpoints: in the background, and only while the run is ours.
 
-A training step is delayed by one copy to host memory; one thread writes and uploads. Each
-launch claims the next attempt and writes directories of its own, so a writer that was
-believed dead cannot overwrite what its successor wrote; as it looks for a higher claim before
-every manifest and before every deletion, it cannot commit or delete either.
+A training step is delayed by one copy to host memory (host_copy.py); one thread hashes and
+uploads. Each launch claims the next attempt and writes directories of its own, so a writer that
+was believed dead cannot overwrite what its successor wrote; as it looks for a higher claim before
+every manifest and before every deletion, it cannot commit or delete either. So a launch that has
+claimed its attempt can read what it continues from in peace.
+
+Nothing outside a run needs its checkpoints for longer than it takes to read them: a registered
+model is an export of its own, and a run that begins with another's weights copies them.
 """
 
 import json
@@ -17,11 +21,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from pipeline import storage
-from pipeline.artifacts import MANIFEST, ArtifactError, tensors_to_bytes, write_directory
+from pipeline.artifacts import MANIFEST, ArtifactError, write_directory
 from pipeline.training.checkpoint import (
     BEST_METRIC,
     FORMAT,
@@ -33,6 +34,10 @@ from pipeline.training.checkpoint import (
     directories,
     open_checkpoint,
 )
+from pipeline.training.host_copy import Files, HostCopy
+
+_NOTABLE_SECONDS = 1.0
+"""A wait of the training that the log mentions."""
 
 logger = logging.getLogger(__name__)
 
@@ -80,14 +85,17 @@ class CheckpointWriter:
         makes durable is older than the checkpoint, so nothing that a resumed run will not
         compute again is lost.
         """
-        self.wait_seconds = 0.0
-        """Time that `save` has waited for the save before it."""
+        self.delay_seconds = 0.0
+        """How long `save` has held up its caller, all in all, waiting and copying."""
+        self.left_out = 0
+        """Saves that were left out, because the one before took too long."""
         self._run_url, self._attempt, self._keep = run_url, attempt, keep
         self._best_metric, self._before_commit = best_metric, before_commit
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._in_flight: Future[None] | None = None
         self._failure: Exception | None = None
         self._last_saved: int | None = None
+        self._host = HostCopy()
         # Value of the best metric (None: not measured) of each whole checkpoint there is.
         self._values = _values(run_url, best_metric)
 
@@ -98,15 +106,18 @@ class CheckpointWriter:
 
     def save(
         self,
-        files: Mapping[str, Mapping[str, Tensor]],
+        files: Files,
         record: Mapping[str, Any],
         images_seen: int,
         metrics: Mapping[str, float],
+        *,
+        may_be_left_out: bool = False,
     ) -> None:
         """Copies the tensors to host memory, then writes them in the background.
 
-        `files` maps "model" and so on to tensors by name; `record` is JSON without NaN.
-        Waits first for the save before, so that at most one copy is held. A second save at
+        `files` maps "model" and so on to tensors by name; `record` is JSON without NaN. While
+        the save before is still going on there is no memory for another copy: it is waited
+        for, or this save is left out if it may be, both with a warning. A second save at
         the same number of images is the same state and does nothing. A save that fails is
         a warning: the older checkpoints are still there.
 
@@ -114,13 +125,19 @@ class CheckpointWriter:
         """
         if images_seen == self._last_saved:
             return
-        self._join()
+        began = time.monotonic()
+        if may_be_left_out and self._busy():
+            self.left_out += 1
+            logger.warning(
+                "no checkpoint at %s images: the one before is still being written. The store is slower "
+                "than cadence.checkpoint_images asks for",
+                f"{images_seen:,}",
+            )
+            return
+        self.settle()
         if isinstance(self._failure, SupersededError):
             raise self._failure
-        host = {
-            f"{name}.safetensors": {key: _host_copy(tensor) for key, tensor in tensors.items()}
-            for name, tensors in files.items()
-        }
+        self._host.take({f"{name}.safetensors": tensors for name, tensors in files.items()})
         fields = {
             "images_seen": images_seen,
             "attempt": self._attempt,
@@ -130,14 +147,29 @@ class CheckpointWriter:
             "metrics": {name: value if math.isfinite(value) else None for name, value in metrics.items()},
         }
         self._last_saved = images_seen
-        self._in_flight = self._executor.submit(self._write, host, fields)
+        self._in_flight = self._executor.submit(self._write, fields)
+        self.delay_seconds += time.monotonic() - began
+
+    def settle(self) -> None:
+        """Returns when no save is under way, so that checkpoints neither come nor go meanwhile."""
+        if self._in_flight is None:
+            return
+        began = time.monotonic()
+        self._in_flight.result()
+        self._in_flight = None
+        waited = time.monotonic() - began
+        if waited > _NOTABLE_SECONDS:
+            logger.warning("the training waited %.1f s for a checkpoint to be written", waited)
 
     def wait(self) -> None:
         """Returns when the last save is in the store.
 
         Raises CheckpointError if it never got there.
         """
-        self._join()
+        if self._in_flight is not None:
+            self._in_flight.result()
+        if isinstance(self._failure, SupersededError):
+            raise self._failure
         if self._failure is not None:
             raise CheckpointError(
                 f"{checkpoints_url(self._run_url)}: the last checkpoint could not be written "
@@ -145,28 +177,24 @@ class CheckpointWriter:
                 "checkpoint before."
             ) from self._failure
 
-    def _join(self) -> None:
-        """Waits for the save in flight. Raises SupersededError if a later attempt took over."""
-        if self._in_flight is not None:
-            began = time.monotonic()
-            self._in_flight.result()
-            self._in_flight = None
-            self.wait_seconds += time.monotonic() - began
-        if isinstance(self._failure, SupersededError):
-            raise self._failure
+    def _busy(self) -> bool:
+        return self._in_flight is not None and not self._in_flight.done()
 
-    def _write(self, host: dict[str, dict[str, Tensor]], fields: dict[str, Any]) -> None:
+    def _write(self, fields: dict[str, Any]) -> None:
         images_seen = fields["images_seen"]
         name = f"{images_seen:012d}-{self._attempt:03d}"
         directory = Directory(self._attempt, images_seen, storage.join(checkpoints_url(self._run_url), name))
-        contents = self._contents(host)
         try:
-            write_directory(directory.url, contents, format=FORMAT, version=FORMAT_VERSION, fields=fields)
+            write_directory(
+                directory.url, self._contents(), format=FORMAT, version=FORMAT_VERSION, fields=fields
+            )
         except Exception as error:
             # Whatever it is, it must not end a training whose older checkpoints are intact.
             self._failure = error
             self._last_saved = None
             logger.warning("checkpoint %s was not written, the older ones are kept: %s", name, error)
+            if not isinstance(error, SupersededError):
+                self._discard(directory)
             return
         self._failure = None
         self._values[directory] = fields["metrics"].get(self._best_metric)
@@ -175,14 +203,19 @@ class CheckpointWriter:
         except Exception as error:
             logger.warning("old checkpoints could not be deleted, the next save tries again: %s", error)
 
-    def _contents(self, host: dict[str, dict[str, Tensor]]) -> Iterator[tuple[str, bytes]]:
-        """The serialized files; each one's tensors are released as soon as it is written."""
-        for name in list(host):
-            yield name, tensors_to_bytes(host.pop(name))
+    def _contents(self) -> Iterator[tuple[str, memoryview]]:
+        yield from self._host.contents()
         # Here every file is in the store and no manifest vouches for them yet.
         if self._before_commit is not None:
             self._before_commit()
         self._check_not_superseded()
+
+    def _discard(self, directory: Directory) -> None:
+        """Deletes what a save that failed has written: on a full disk the next one needs the room."""
+        try:
+            self._delete(directory)
+        except Exception as error:
+            logger.warning("%s is unfinished and could not be deleted: %s", directory.url, error)
 
     def _check_not_superseded(self) -> None:
         latest = max(claims(self._run_url), default=0)
@@ -196,19 +229,21 @@ class CheckpointWriter:
         """Deletes what is not to be kept, and what earlier attempts left unfinished."""
         whole = sorted(self._values, reverse=True)
         kept = set(whole[: self._keep])
-        kept.update(d for d in whole if self._values[d] is not None and self._values[d] == self.best_value)
-        self._check_not_superseded()
+        # Of equally good ones the newest, as in checkpoint.best.
+        kept.update([d for d in whole if self._values[d] == self.best_value][:1])
         for directory in directories(self._run_url):
             if directory.attempt > self._attempt or directory in kept:
                 continue
-            manifest = storage.join(directory.url, MANIFEST)
-            if directory in self._values:
-                # First, so that a deletion that is cut short leaves nothing that looks whole.
-                storage.delete(manifest)
-            elif storage.exists(manifest):
+            if directory not in self._values and storage.exists(storage.join(directory.url, MANIFEST)):
                 continue  # Damaged, or of a later release: for the user to judge.
-            storage.delete(directory.url, recursive=True)
+            self._delete(directory)
             self._values.pop(directory, None)
+
+    def _delete(self, directory: Directory) -> None:
+        self._check_not_superseded()
+        # First, so that a deletion that is cut short leaves nothing that looks whole.
+        storage.delete(storage.join(directory.url, MANIFEST))
+        storage.delete(directory.url, recursive=True)
 
 
 def _values(run_url: str, metric: str) -> dict[Directory, float | None]:
@@ -220,8 +255,3 @@ def _values(run_url: str, metric: str) -> dict[Directory, float | None]:
         except ArtifactError:
             continue  # `newest` says what is wrong with it.
     return values
-
-
-def _host_copy(tensor: Tensor) -> Tensor:
-    """A copy in host memory that shares nothing with `tensor`, contiguous."""
-    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)

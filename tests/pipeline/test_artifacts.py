@@ -15,6 +15,7 @@ from pipeline.artifacts import (
     damaged_files,
     read_manifest,
     read_verified,
+    sealed,
     tensors_from_bytes,
     tensors_to_bytes,
     write_directory,
@@ -86,7 +87,7 @@ def test_a_malformed_entry_is_refused(entry, tmp_path):
     written(tmp_path)
     record = json.loads((tmp_path / "manifest.json").read_text())
     record["files"]["a.bin"] = entry
-    (tmp_path / "manifest.json").write_text(json.dumps(record))
+    (tmp_path / "manifest.json").write_bytes(sealed(record))
     with pytest.raises(ArtifactError, match=r"'a\.bin'"):
         read_manifest(str(tmp_path), format="test", version=2)
 

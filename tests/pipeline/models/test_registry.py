@@ -16,7 +16,7 @@ import torch
 from mlflow import MlflowClient
 
 from pipeline import storage
-from pipeline.artifacts import Manifest, tensors_to_bytes
+from pipeline.artifacts import Manifest, sealed, tensors_to_bytes
 from pipeline.models.export import Lineage, RegistryError, export, load_directory
 from pipeline.models.registry import Registration, Registry, load
 from pipeline.models.sampling import sample_images
@@ -247,7 +247,7 @@ def test_an_export_with_a_missing_file_is_not_registered(place):
 def rewrite_manifest(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
     record = json.loads((folder / "manifest.json").read_text())
     change(record)
-    (folder / "manifest.json").write_text(json.dumps(record))
+    (folder / "manifest.json").write_bytes(sealed(record))
 
 
 def pretend(folder: Path, name: str, data: bytes) -> None:
