@@ -125,6 +125,11 @@ class TrainConfig(Section):
     the paper), or whole cells."""
     seed: int = Field(1, ge=0, le=2**32 - 1)
     """Seed of the initial weights, the order of samples and all noise."""
+    stall_seconds: float = Field(90.0, ge=1, json_schema_extra=RESUMABLE)
+    """A training that stands still for so long is ended and started again from its last
+    checkpoint; five times as long in the first update, an evaluation, a checkpoint and at the end."""
+    stall_steps: int = Field(20, ge=1, json_schema_extra=RESUMABLE)
+    """But not before this many times the median time of an update has passed."""
 
 
 class CadenceConfig(Section):

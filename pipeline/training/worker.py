@@ -11,18 +11,16 @@ import signal
 import threading
 from collections.abc import Callable, Mapping
 from types import FrameType, TracebackType
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 
 from pipeline import progress
+from pipeline.training.watchdog import Phase, Pulse
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
-
-Phase = Literal["start", "batch", "update", "log", "evaluate", "checkpoint", "finish"]
-"""What a rank is at, between two marks."""
+POLL_SECONDS = 2.0
 
 
 class Worker(Protocol):
@@ -72,6 +70,9 @@ class Worker(Protocol):
     def mark(self, phase: Phase, images_seen: int) -> None:
         """This rank begins a phase of its work: how it is known to be alive, and where it is."""
 
+    def alive(self) -> None:
+        """A part of a long phase is done, such as a batch of an evaluation."""
+
     def say(self, line: str) -> None:
         """Shows a line to the user; of all ranks, 0 alone is heard."""
 
@@ -112,6 +113,36 @@ class StopSignals:
         self._previous = {}
 
 
+class Poll:
+    """Asks a question in a thread of its own, within a `with` block, until the answer is yes.
+
+    Called, it says what is known, which costs nothing.
+    """
+
+    def __init__(self, question: Callable[[], bool], seconds: float = POLL_SECONDS) -> None:
+        self._question, self._seconds = question, seconds
+        self._yes, self._done = False, threading.Event()
+        self._thread = threading.Thread(target=self._ask, name="poll", daemon=True)
+
+    def __call__(self) -> bool:
+        return self._yes
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # Not joined: the question may be on its way to a store that does not answer.
+        self._done.set()
+
+    def _ask(self) -> None:
+        while not self._yes and not self._done.is_set():
+            self._yes = self._question()
+            self._done.wait(self._seconds)
+
+
 class LocalWorker:
     """The only worker of a training, in this process. Use it as a context manager."""
 
@@ -124,11 +155,13 @@ class LocalWorker:
     ) -> None:
         """`device`: by default the first CUDA device, or the CPU where there is none.
 
-        `asked_to_stop` tells of wishes that come by other ways than a signal.
+        `asked_to_stop` tells of wishes that come by other ways than a signal; it is called in
+        every update.
         """
         self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._signals = StopSignals()
         self._asked_to_stop = asked_to_stop
+        self.pulse = Pulse()
 
     def __enter__(self) -> Self:
         self._signals.__enter__()
@@ -155,10 +188,14 @@ class LocalWorker:
         return self._signals.received or self._asked_to_stop()
 
     def stop_requested(self) -> bool:
+        self.pulse.alive()
         return self.stop_wanted()
 
     def mark(self, phase: Phase, images_seen: int) -> None:
-        """Nobody watches."""
+        self.pulse.mark(phase, images_seen)
+
+    def alive(self) -> None:
+        self.pulse.alive()
 
     def say(self, line: str) -> None:
         progress.say(line)
