@@ -7,7 +7,9 @@ living claim beside its own withdraws: both may, but never do both go on. Reject
 file that is written and read back, where the slower writer overtakes the reader.
 
 A claim that nobody renews expires. One whose process is gone from this very machine counts for
-nothing at once, so that a killed run can be started again immediately.
+nothing at once, so that a killed run can be started again immediately. Of one of another machine,
+whose process may be alive or may have died with it a moment ago, a new launch waits to see:
+renewed, it turns the launch away within seconds; not renewed, it expires.
 """
 
 import json
@@ -17,7 +19,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,6 +29,7 @@ from pipeline.errors import InputError
 
 LEASE_SECONDS = 60.0
 RENEW_SECONDS = 10.0
+LOOK_SECONDS = 1.0
 
 logger = logging.getLogger(__name__)
 
@@ -46,8 +49,12 @@ class _Claim:
     renewed: float
     """Seconds since the epoch, by the owner's clock."""
 
+    @property
+    def is_of_this_machine(self) -> bool:
+        return self.host == socket.gethostname() and self.boot == _boot_id() != ""
+
     def is_alive(self) -> bool:
-        if self.host == socket.gethostname() and self.boot == _boot_id() != "":
+        if self.is_of_this_machine:
             return _started(self.pid) == self.started != ""
         return time.time() - self.renewed < LEASE_SECONDS
 
@@ -61,8 +68,13 @@ def holder(url: str) -> str | None:
 
 
 @contextmanager
-def held(url: str) -> Iterator[None]:
-    """Hold the run's lease; raises LeaseError if somebody else does."""
+def held(url: str, say: Callable[[str], None] = logger.warning) -> Iterator[None]:
+    """Hold the run's lease; raises LeaseError if somebody else does.
+
+    Whether a claim of another machine is that of a living process is waited for, for at most
+    LEASE_SECONDS, with a line to `say`.
+    """
+    _await_the_dead(url, say)
     _refuse_another(url, "")
     for claim in _claims(url):
         if not claim.is_alive():
@@ -84,6 +96,27 @@ def held(url: str) -> Iterator[None]:
         except storage.StoreError as error:
             # What was done is done; a claim that nobody renews expires.
             logger.warning("the lease of %s could not be given back: %s", url, error)
+
+
+def _await_the_dead(url: str, say: Callable[[str], None]) -> None:
+    """Wait until the claims of other machines are expired, or one of them was renewed."""
+
+    def doubtful() -> dict[str, _Claim]:
+        return {c.owner: c for c in _claims(url) if c.is_alive() and not c.is_of_this_machine}
+
+    first = doubtful()
+    # By this machine's clock alone: that of another may be ahead.
+    limit = time.monotonic() + LEASE_SECONDS
+    for claim in first.values():
+        say(f"{url} was being run by {claim} a moment ago; waiting to see whether it still is ...")
+    while time.monotonic() < limit:
+        found = doubtful()
+        if all(found.get(owner) != claim for owner, claim in first.items()):
+            return  # Renewed, expired or given back: what is alive now is alive.
+        time.sleep(LOOK_SECONDS)
+    for owner in first:
+        if doubtful().get(owner) == first[owner]:
+            storage.delete(_claim_url(url, owner))
 
 
 def _refuse_another(url: str, owner: str) -> None:

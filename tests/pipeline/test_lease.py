@@ -101,3 +101,50 @@ def test_a_lease_is_renewed_while_it_is_held(tmp_path: Path, monkeypatch: pytest
         first = json.loads(file.read_text())["renewed"]
         while json.loads(file.read_text())["renewed"] == first:
             pass
+
+
+def of_another_machine(url: Path, age: float) -> Path:
+    """The claim of a process elsewhere that was renewed so many seconds ago."""
+    with lease.held(str(url)):
+        claim = json.loads(claim_files(url)[0].read_text())
+    file = url / "leases" / "another.json"
+    changes = {"host": "elsewhere", "owner": "another", "renewed": claim["renewed"] - age}
+    file.write_text(json.dumps(claim | changes))
+    return file
+
+
+def test_a_run_whose_machine_died_is_taken_over_when_its_claim_expires(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "LOOK_SECONDS", 0.01)
+    of_another_machine(tmp_path, lease.LEASE_SECONDS - 0.3)
+    said: list[str] = []
+    with lease.held(str(tmp_path), said.append):
+        assert len(claim_files(tmp_path)) == 1
+    assert len(said) == 1
+    assert "elsewhere, process" in said[0]
+
+
+def test_the_clock_of_a_dead_machine_is_not_relied_upon(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(lease, "LEASE_SECONDS", 0.3)
+    of_another_machine(tmp_path, -3600)
+    with lease.held(str(tmp_path), lambda line: None):
+        assert len(claim_files(tmp_path)) == 1
+
+
+def test_a_run_that_lives_elsewhere_turns_a_launch_away_as_soon_as_it_is_renewed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "LOOK_SECONDS", 0.01)
+    file = of_another_machine(tmp_path, 5)
+
+    def renew(line: str) -> None:
+        claim = json.loads(file.read_text())
+        file.write_text(json.dumps(claim | {"renewed": claim["renewed"] + 5}))
+
+    with pytest.raises(LeaseError, match="elsewhere, process"), lease.held(str(tmp_path), renew):
+        pass
+    assert claim_files(tmp_path) == [file]
