@@ -28,6 +28,7 @@ DOORS = {
     "fsspec": ["pipeline/buckets.py", "pipeline/s3.py"],
     "google_crc32c": ["pipeline/data/sources/tfrecord.py"],
     "mlflow": ["pipeline/training/delivery.py", "pipeline/models/registry.py"],
+    "psutil": ["pipeline/training/machine.py"],
     "pydantic": ["pipeline/config.py"],
     "ray": ["cluster/"],
     "rich": ["pipeline/progress.py"],

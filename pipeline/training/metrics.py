@@ -1,24 +1,32 @@
+# W ranks, G latent groups (coarsest first), Z channels of a group.
 """The numbers of the training curves: their names, and how they are added up.
 
 Sums stay on the device, so that an update is never waited for; every log interval is one
 all-reduce and one transfer, after which everything is a plain float. Means are taken over
 the images of all ranks, or over all updates, never over means. Updates that were skipped
 are counted and otherwise left out: one nan would hide a whole interval.
+
+A mean hides the rank that all others wait for, so that some numbers are told of the worst rank
+as well: `/max` ends the name of the highest, `/min` that of the lowest value of any rank. For
+these every rank writes a line of its own into a table, and the same all-reduce fills the table.
 """
 
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
+from nvae.collectives import Waiting
 from nvae.config import NVAEConfig
-from nvae.objective import bits_per_dim
+from nvae.objective import active_channels, bits_per_dim
 from nvae.step import Coefficients, StepResult
 from pipeline import storage
+from pipeline.training import machine
+from pipeline.training.machine import Machine, fold
 from pipeline.training.worker import Worker
 
 NAMES = MappingProxyType(
@@ -28,6 +36,8 @@ NAMES = MappingProxyType(
         "train/reconstruction_nats": "-log p(x given z), nats per image",
         "train/kl_nats": "KL of posteriors from priors, nats per image, all groups",
         "train/kl_nats/group_00": "the same of one group; 00 is the coarsest",
+        "train/active_channels": "latent channels whose KL, a mean over images, exceeds 0.1 nats; all groups",
+        "train/active_channels/group_00": "the same of one group",
         "train/loss": "what was minimized: with KL coefficients, balancing and penalties; mean over updates",
         "train/spectral_penalty": "largest singular values added up, without coefficient; mean over updates",
         "train/batch_norm_penalty": "largest scales added up, without coefficient; mean over updates",
@@ -39,16 +49,41 @@ NAMES = MappingProxyType(
         "schedule/spectral_coefficient": "of the last update",
         "speed/images_per_second": "of all ranks together, without evaluations and checkpoints",
         "speed/seconds_per_step": "mean over the ranks",
+        "speed/work_seconds_per_step": "without waiting for batches and other ranks; mean over the ranks",
+        "speed/work_seconds_per_step/max": "the same of the slowest rank: who waits, waits for this one",
+        "speed/slowest_rank": "its number",
+        "speed/communication_fraction": "share of an update that a rank waits in collectives, for transfers "
+        "or for slower ranks; mean over the ranks; 0 on one rank",
+        "speed/communication_fraction/min": "of the rank that waits least: about what the transfer takes",
         "data/wait_seconds": "that a rank waited for batches in the interval; mean over the ranks",
+        "data/wait_seconds/max": "the same of the rank that waited longest",
         "data/wait_fraction": "its share of the interval, which is counted as for images_per_second",
         "data/corrupt_samples": "left out of the loss because they could not be read; all ranks together",
         "data/store_retries": "requests to stores, for whatever purpose, made again; all ranks together",
         "data/cached_fraction": "share of the bytes of shards that came from the local cache; 0 without one",
+        **machine.NAMES,
     }
 )
-"""What there is to see, with units. MLflow allows letters, digits and `_-./: ` in names."""
+"""What there is to see, with units. MLflow allows letters, digits and `_-./: ` in names.
 
-# Order of the sums of `Metrics`; the KL of each group follows.
+What has not been measured is left out: of a GPU on a machine without, of a machine in its first second.
+"""
+
+PER_RANK = (
+    "speed/work_seconds_per_step",
+    "speed/work_seconds_per_step/max",
+    "speed/communication_fraction",
+    "speed/communication_fraction/min",
+    "data/wait_seconds/max",
+    *machine.NAMES,
+)
+"""The columns of the table that has a line for each rank."""
+
+TIMED_EVERY = 32
+"""On a CUDA device, one of so many updates is measured for how long it waits: that takes an event before
+and after each collective. Elsewhere it takes two looks at the clock, and every update is measured."""
+
+# Order of the sums of `Metrics`; the KL of each channel follows.
 _UPDATES_MADE, _LOSS, _SPECTRAL, _BATCH_NORM, _GRADIENT, _IMAGES, _RECONSTRUCTION, _KL = range(8)
 
 
@@ -56,10 +91,15 @@ class Metrics:
     """Adds up the updates of one log interval, on one rank."""
 
     def __init__(
-        self, worker: Worker, model: NVAEConfig, clock: Callable[[], float] = time.monotonic
+        self,
+        worker: Worker,
+        model: NVAEConfig,
+        machine: Machine | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`clock` gives seconds; the first interval begins now."""
-        self._worker, self._model, self._clock = worker, model, clock
+        self._worker, self._model, self._machine, self._clock = worker, model, machine, clock
+        self._waiting = Waiting(worker.device)
         self._retries_before = storage.statistics().retries
         self._begin()
 
@@ -67,12 +107,20 @@ class Metrics:
         self._sums: Tensor | None = None
         # Images of skipped updates, too: they took their time.
         self._images_passed: Tensor | None = None
-        self._updates = 0
+        self._updates = self._timed_updates = 0
         self._wait_seconds = 0.0
         self._corrupt_samples = self._transferred_bytes = self._cached_bytes = 0
         self._paused_seconds = 0.0
         self._coefficients: Coefficients | None = None
         self._began = self._clock()
+
+    def timed(self) -> AbstractContextManager[object]:
+        """To be entered around an update: measures its time, and how long it waits for other ranks."""
+        # On a CUDA device not the first one, for which the others may wait while rank 0 saves.
+        if self._worker.device.type == "cuda" and self._updates % TIMED_EVERY != 1:
+            return nullcontext()
+        self._timed_updates += 1
+        return self._waiting
 
     def add(
         self,
@@ -85,18 +133,16 @@ class Metrics:
         cached_bytes: int = 0,
     ) -> None:
         """Counts one update, and what reading its batch cost this rank. Does not wait for the device."""
-        values = torch.stack(
-            [
-                torch.ones_like(result.loss),
-                result.loss,
-                result.spectral,
-                result.batch_norm_scale,
-                result.gradient_norm,
-                result.images,
-                result.reconstruction,
-                *result.kl_per_group,
-            ]
-        ).double()
+        numbers = [
+            torch.ones_like(result.loss),
+            result.loss,
+            result.spectral,
+            result.batch_norm_scale,
+            result.gradient_norm,
+            result.images,
+            result.reconstruction,
+        ]
+        values = torch.cat([torch.stack(numbers), result.kl_per_channel.flatten()]).double()
         if not result.reading.made:
             values = torch.zeros_like(values)
         images = result.images.double()
@@ -123,24 +169,34 @@ class Metrics:
         """
         assert self._sums is not None and self._images_passed is not None and self._coefficients is not None
         seconds = self._clock() - self._began - self._paused_seconds
-        reading = [self._wait_seconds, self._corrupt_samples, self._transferred_bytes, self._cached_bytes]
         retries = storage.statistics().retries
-        reading.append(retries - self._retries_before)
+        counts = [
+            self._updates,
+            seconds,
+            self._wait_seconds,
+            self._corrupt_samples,
+            self._transferred_bytes,
+            self._cached_bytes,
+            retries - self._retries_before,
+        ]
         self._retries_before = retries
-        mine = torch.tensor([self._updates, seconds, *reading], dtype=torch.float64)
-        sums = torch.cat([mine.to(self._sums.device), self._images_passed[None], self._sums])
-        updates, seconds, waited, corrupt, transferred, cached, tried, images_passed, *sums_over_ranks = (
-            self._worker.all_reduce(sums).tolist()
-        )
+        summands = (torch.tensor(counts), self._table(), self._images_passed[None], self._sums)
+        vector = torch.cat([part.to(self._sums).flatten() for part in summands])
+        # The one moment at which the host waits for the device.
+        over_ranks = self._worker.all_reduce(vector).cpu()
+        found, table, passed, sums = torch.split(over_ranks, [part.numel() for part in summands])
+        updates, seconds, waited, corrupt, transferred, cached, tried = found.tolist()
+        made = sums[_UPDATES_MADE].item()
         world_size = self._worker.world_size
         metrics = {
-            **self._means(sums_over_ranks),
-            "train/skipped_updates": (updates - sums_over_ranks[_UPDATES_MADE]) / world_size,
-            "train/skipped_fraction": 1 - sums_over_ranks[_UPDATES_MADE] / updates,
+            **self._means(sums),
+            **_of_ranks(table.view(world_size, -1)),
+            "train/skipped_updates": (updates - made) / world_size,
+            "train/skipped_fraction": 1 - made / updates,
             "schedule/learning_rate": self._coefficients.learning_rate,
             "schedule/kl_coefficient": self._coefficients.kl,
             "schedule/spectral_coefficient": self._coefficients.spectral,
-            "speed/images_per_second": _ratio(images_passed * world_size, seconds),
+            "speed/images_per_second": _ratio(passed.item() * world_size, seconds),
             "speed/seconds_per_step": seconds / updates,
             "data/wait_seconds": waited / world_size,
             "data/wait_fraction": _ratio(waited, seconds),
@@ -151,24 +207,60 @@ class Metrics:
         self._begin()
         return metrics
 
-    def _means(self, sums: list[float]) -> dict[str, float]:
+    def _table(self) -> Tensor:
+        """(W, PER_RANK): zeros but for the line of this rank, in which nan stands for what is not known."""
+        timed_seconds, waited_seconds = self._waiting.total.read(), self._waiting.waited.read()
+        work_seconds = _ratio(timed_seconds - waited_seconds, self._timed_updates)
+        waiting_share = _ratio(waited_seconds, timed_seconds)
+        found = {
+            "speed/work_seconds_per_step": work_seconds,
+            "speed/work_seconds_per_step/max": work_seconds,
+            "speed/communication_fraction": waiting_share,
+            "speed/communication_fraction/min": waiting_share,
+            "data/wait_seconds/max": self._wait_seconds,
+            **(self._machine.read() if self._machine else {}),
+        }
+        table = torch.zeros(self._worker.world_size, len(PER_RANK), dtype=torch.float64)
+        table[self._worker.rank] = torch.tensor([found.get(name, math.nan) for name in PER_RANK])
+        return table
+
+    def _means(self, sums: Tensor) -> dict[str, float]:
         made, images = sums[_UPDATES_MADE], sums[_IMAGES]
-        reconstruction = _ratio(sums[_RECONSTRUCTION], images)
-        kl_per_group = [_ratio(kl, images) for kl in sums[_KL:]]
-        nelbo = reconstruction + sum(kl_per_group)
+        per_update = (sums / made).tolist()
+        kl_GZ = sums[_KL:].view(self._model.num_groups, -1) / images
+        # In an interval of skipped updates nothing is known of them.
+        active = active_channels(kl_GZ).sum(1) + 0 * kl_GZ.sum(1)
+        reconstruction, kl = (sums[_RECONSTRUCTION] / images).item(), kl_GZ.sum().item()
         return {
-            "train/nelbo_nats": nelbo,
-            "train/bits_per_dim": bits_per_dim(nelbo, self._model),
+            "train/nelbo_nats": reconstruction + kl,
+            "train/bits_per_dim": bits_per_dim(reconstruction + kl, self._model),
             "train/reconstruction_nats": reconstruction,
-            "train/kl_nats": sum(kl_per_group),
-            **{f"train/kl_nats/group_{group:02d}": kl for group, kl in enumerate(kl_per_group)},
-            "train/loss": _ratio(sums[_LOSS], made),
-            "train/spectral_penalty": _ratio(sums[_SPECTRAL], made),
-            "train/batch_norm_penalty": _ratio(sums[_BATCH_NORM], made),
-            "train/gradient_norm": _ratio(sums[_GRADIENT], made),
+            "train/kl_nats": kl,
+            **_of_groups("train/kl_nats", kl_GZ.sum(1)),
+            "train/active_channels": active.sum().item(),
+            **_of_groups("train/active_channels", active),
+            "train/loss": per_update[_LOSS],
+            "train/spectral_penalty": per_update[_SPECTRAL],
+            "train/batch_norm_penalty": per_update[_BATCH_NORM],
+            "train/gradient_norm": per_update[_GRADIENT],
         }
 
 
+def _of_ranks(table: Tensor) -> dict[str, float]:
+    """What the lines of all ranks say together; what no rank measured is left out."""
+    columns = dict(zip(PER_RANK, table.T.tolist(), strict=True))
+    folded = {name: fold(name, column) for name, column in columns.items()}
+    known = {name: value for name, value in folded.items() if not math.isnan(value)}
+    slowest = known.get("speed/work_seconds_per_step/max")
+    if slowest is not None:
+        known["speed/slowest_rank"] = columns["speed/work_seconds_per_step/max"].index(slowest)
+    return known
+
+
+def _of_groups(name: str, values_G: Tensor) -> dict[str, float]:
+    return {f"{name}/group_{group:02d}": value for group, value in enumerate(values_G.tolist())}
+
+
 def _ratio(total: float, count: float) -> float:
-    """nan where nothing was counted, as when every update of an interval was skipped."""
+    """nan where nothing was counted."""
     return total / count if count else math.nan

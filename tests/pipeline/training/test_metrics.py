@@ -1,8 +1,11 @@
 import math
 import re
 import threading
+import time
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import count
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from nvae.config import NVAEConfig
 from nvae.health import Reading
 from nvae.step import Coefficients, StepResult
 from pipeline import limits
+from pipeline.training.machine import Machine
 from pipeline.training.metrics import NAMES, Metrics
 from pipeline.training.worker import LocalWorker
 
@@ -47,7 +51,7 @@ def ticking(seconds: float = 1.0) -> Iterator[float]:
 
 
 def local(clock: Iterator[float] | None = None) -> Metrics:
-    return Metrics(LocalWorker(CPU), CONFIG, clock=(clock or ticking()).__next__)
+    return Metrics(LocalWorker(CPU), CONFIG, Machine(CPU, {}), clock=(clock or ticking()).__next__)
 
 
 class ThreadWorker(LocalWorker):
@@ -69,16 +73,19 @@ class ThreadWorker(LocalWorker):
         return tensor.copy_(total)
 
 
-def on_two_ranks(per_rank: list[list[StepResult]]) -> list[dict[str, float]]:
+def on_two_ranks(per_rank: list[list[StepResult]], slower_seconds: float = 0.0) -> list[dict[str, float]]:
+    """What each of two ranks is told; updates of rank 1 take `slower_seconds` longer."""
     shared, meeting = [torch.empty(0)] * 2, threading.Barrier(2)
     workers = [ThreadWorker(rank, shared, meeting) for rank in range(2)]
     results: list[dict[str, float]] = [{}, {}]
 
     def run(worker: ThreadWorker) -> None:
-        metrics = Metrics(worker, CONFIG, clock=ticking().__next__)
+        metrics = Metrics(worker, CONFIG, Machine(CPU, {}), clock=ticking().__next__)
         for result in per_rank[worker.rank]:
             reading = {"corrupt_samples": 1 + worker.rank, "transferred_bytes": 10, "cached_bytes": 30}
-            metrics.add(result, COEFFICIENTS, wait_seconds=0.25, **reading)
+            with metrics.timed():
+                time.sleep(slower_seconds * worker.rank)
+            metrics.add(result, COEFFICIENTS, wait_seconds=0.25 + 0.5 * (1 - worker.rank), **reading)
         results[worker.rank] = metrics.reduce()
 
     threads = [threading.Thread(target=run, args=(worker,)) for worker in workers]
@@ -103,6 +110,9 @@ def test_every_number_of_an_interval_is_what_was_put_in() -> None:
             "train/kl_nats/group_01": 0.6,
             "train/nelbo_nats": 31.0,
             "train/bits_per_dim": 31.0 / math.log(2) / (3 * 8 * 8),
+            "train/active_channels": 2.0,
+            "train/active_channels/group_00": 1.0,
+            "train/active_channels/group_01": 1.0,
             "train/loss": 35.0,
             "train/spectral_penalty": 5.0,
             "train/batch_norm_penalty": 6.0,
@@ -115,6 +125,7 @@ def test_every_number_of_an_interval_is_what_was_put_in() -> None:
             "speed/images_per_second": 10.0,
             "speed/seconds_per_step": 0.5,
             "data/wait_seconds": 0.5,
+            "data/wait_seconds/max": 0.5,
             "data/wait_fraction": 0.5,
             "data/corrupt_samples": 0.0,
             "data/store_retries": 0.0,
@@ -141,7 +152,7 @@ def test_means_are_over_the_images_of_all_ranks_however_these_are_shared(
     images = sum(float(result.images) for result in both)
     assume(images > 0.1)
     found, same = on_two_ranks([[first for first, _ in pairs], [second for _, second in pairs]])
-    assert found == same
+    assert found == same, "all ranks decide by these numbers"
     assert found["train/nelbo_nats"] == pytest.approx(sum(float(r.nelbo) for r in both) / images, rel=1e-5)
     assert found["train/loss"] == pytest.approx(sum(float(r.loss) for r in both) / len(both), rel=1e-5)
 
@@ -150,8 +161,44 @@ def test_speed_counts_the_images_of_all_ranks_and_the_seconds_of_one() -> None:
     found = on_two_ranks([[step(images=4)] * 2, [step(images=6)] * 2])[0]
     assert found["speed/images_per_second"] == pytest.approx(20.0)
     assert found["speed/seconds_per_step"] == pytest.approx(0.5)
-    assert found["data/wait_seconds"] == pytest.approx(0.5)
-    assert found["data/wait_fraction"] == pytest.approx(0.5)
+    # One waited 2 x 0.75 s, the other 2 x 0.25 s.
+    assert found["data/wait_seconds"] == pytest.approx(1.0)
+    assert found["data/wait_seconds/max"] == pytest.approx(1.5)
+    assert found["data/wait_fraction"] == pytest.approx(1.0)
+
+
+def test_the_slowest_rank_is_found_behind_the_mean() -> None:
+    found, same = on_two_ranks([[step()] * 3, [step()] * 3], slower_seconds=0.05)
+    assert found == same
+    mean, slowest = (found[f"speed/work_seconds_per_step{end}"] for end in ("", "/max"))
+    assert slowest >= 0.05
+    assert mean < slowest
+    assert found["speed/slowest_rank"] == 1
+    assert found["speed/communication_fraction"] == found["speed/communication_fraction/min"] == 0
+
+
+def test_active_channels_are_those_of_a_slow_loop_over_images() -> None:
+    """Two ranks, three updates each, two groups of five channels whose KL lies around 0.1 nats."""
+    generator = torch.Generator().manual_seed(0)
+    counts = [[2, 3, 1], [4, 1, 2]]
+    # Larger by image, so that a mean over updates or ranks would not do; some below 0, as with flows.
+    kl = [
+        [torch.randn(n, 2, 5, generator=generator) * 0.2 + torch.linspace(0, 0.2, 5) for n in of_rank]
+        for of_rank in counts
+    ]
+    images = [image for of_rank in kl for update in of_rank for image in update]
+    expected = [0, 0]
+    for group in range(2):
+        for channel in range(5):
+            expected[group] += sum(float(image[group, channel]) for image in images) / len(images) > 0.1
+
+    def result(kl_BGZ: Tensor) -> StepResult:
+        return replace(step(images=len(kl_BGZ)), kl_per_channel=kl_BGZ.sum(0))
+
+    found = on_two_ranks([[result(update) for update in of_rank] for of_rank in kl])[0]
+    assert [found[f"train/active_channels/group_{group:02d}"] for group in range(2)] == expected
+    assert found["train/active_channels"] == sum(expected)
+    assert 0 < sum(expected) < 10, "nothing is told apart"
 
 
 def test_corrupt_samples_and_cached_bytes_are_those_of_all_ranks() -> None:
@@ -189,6 +236,7 @@ def test_an_interval_of_skipped_updates_alone_is_nan_and_says_so() -> None:
     found = metrics.reduce()
     assert found["train/skipped_fraction"] == 1.0
     assert math.isnan(found["train/nelbo_nats"])
+    assert math.isnan(found["train/active_channels"])
     assert found["speed/images_per_second"] == pytest.approx(4.0)
 
 
@@ -217,11 +265,19 @@ def test_small_terms_survive_in_a_long_interval() -> None:
     assert metrics.reduce()["train/reconstruction_nats"] == pytest.approx(20_000.25, abs=1e-9)
 
 
-def test_every_name_is_described_and_mlflow_allows_it() -> None:
-    metrics = local()
-    metrics.add(step(), COEFFICIENTS, 0.0)
-    found = {re.sub(r"group_\d\d$", "group_00", name) for name in metrics.reduce()}
-    assert found == set(NAMES)
+def test_every_name_is_described_and_mlflow_allows_it(tmp_path: Path) -> None:
+    folders = dict.fromkeys(("store", "cache", "temporary"), tmp_path)
+    with Machine(CPU, folders, sample_seconds=0.01) as machine:
+        deadline = time.monotonic() + 30
+        while not machine.read() and time.monotonic() < deadline:
+            pass
+        metrics = Metrics(LocalWorker(CPU), CONFIG, machine)
+        with metrics.timed():
+            pass
+        metrics.add(step(), COEFFICIENTS, 0.0)
+        found = {re.sub(r"group_\d\d$", "group_00", name) for name in metrics.reduce()}
+    of_gpus = {name for name in NAMES if "gpu" in name or "CUDA" in NAMES[name]} | {"memory/reserved_gib/max"}
+    assert found == set(NAMES) - of_gpus
     assert all(re.fullmatch(r"[\w./ -]+", name) for name in NAMES)
 
 
