@@ -146,6 +146,35 @@ class CheckpointConfig(Section):
     """Newest checkpoints to keep; the best one is kept besides."""
 
 
+class StabilityConfig(Section):
+    enabled: bool = Field(True, json_schema_extra=RESUMABLE)
+    """Skip updates whose loss or gradient is a spike, roll back from divergence and go on more
+    gently. If not, only updates that are not finite are skipped, and a log interval of nothing
+    else ends the run."""
+    loss_limit: float = Field(10.0, ge=1, json_schema_extra=RESUMABLE)
+    """An update is skipped whose loss lies this many robust standard deviations above the
+    median of the last 128 updates. From half of it on an update is suspicious: a rollback goes
+    to before the first suspicious one."""
+    gradient_limit: float = Field(10.0, ge=1, json_schema_extra=RESUMABLE)
+    """The same for the logarithm of the gradient's norm."""
+    skips_in_a_row: int = Field(5, ge=1, json_schema_extra=RESUMABLE)
+    """After so many skipped updates in a row the weights roll back to an earlier checkpoint; if
+    nothing but long gradients was the reason, they are from then on shortened to the limit."""
+    skipped_fraction: float = Field(0.2, gt=0, le=1, json_schema_extra=RESUMABLE)
+    """So does a larger share than this of the last 128 updates."""
+    max_rollbacks: int = Field(3, ge=0, json_schema_extra=RESUMABLE)
+    """Rollbacks within `recovery_fraction` of the training; where one more is needed, the run
+    ends as diverged."""
+    spectral_factor: float = Field(3.0, ge=1, le=1000, json_schema_extra=RESUMABLE)
+    """What the spectral coefficient is multiplied with at the second and every later rollback
+    within `recovery_fraction` of the training. It returns geometrically."""
+    learning_rate_factor: float = Field(0.5, gt=0, le=1, json_schema_extra=RESUMABLE)
+    """What the learning rate is multiplied with at these rollbacks; it returns, too."""
+    recovery_fraction: float = Field(0.05, gt=0, le=1, json_schema_extra=RESUMABLE)
+    """Share of the training after which a softened coefficient is what it was, and after which
+    a rollback no longer counts."""
+
+
 class EvaluationConfig(Section):
     images: int | None = Field(None, ge=1, json_schema_extra=RESUMABLE)
     """Validation images of each evaluation during training. None: all."""
@@ -199,6 +228,8 @@ class RunConfig(Section):
     """How often something is written."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """What is kept."""
+    stability: StabilityConfig = StabilityConfig()
+    """What is done against divergence; see pipeline/training/stability.py."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """How the validation split is evaluated."""
     sampling: SamplingConfig = SamplingConfig()

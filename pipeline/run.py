@@ -10,21 +10,18 @@ repeating the command is always the right thing to do.
 import platform
 import shutil
 import subprocess
-import time
-from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from nvae.model import NVAE
 from pipeline import config_file, run_folder, storage
 from pipeline.config import RunConfig
 from pipeline.data.index import VALIDATION, load_index
-from pipeline.data.loader import Batch
 from pipeline.errors import FailedError
 from pipeline.models.evaluation import evaluate
 from pipeline.models.export import Lineage, export
@@ -32,15 +29,16 @@ from pipeline.models.registry import Registry, load
 from pipeline.preparation import Prepared, registered_name
 from pipeline.progress import evaluation_line
 from pipeline.run_folder import Launch, RunError, RunRecord
-from pipeline.training.checkpoint import Checkpoint, best, newest, open_attempt
+from pipeline.training.checkpoint import Checkpoint, best, newest
 from pipeline.training.checkpoint_writer import CheckpointWriter, claim_attempt
+from pipeline.training.recovery import DivergedError, agreed
+from pipeline.training.state import Training
 from pipeline.training.tracking import NullTracker, RunTracker, Tracker, create_run
-from pipeline.training.train import DivergedError, Training, draw_pictures, train, validation_batches
+from pipeline.training.train import train
+from pipeline.training.validation import StoppedError, draw_pictures, validation_batches
 from pipeline.training.worker import Worker
 
 EXPERIMENT = "nvae"
-PROGRESS_SECONDS = 10.0
-"""Between two lines of a long evaluation."""
 
 
 @dataclass(frozen=True)
@@ -169,10 +167,18 @@ def work(arguments: Mapping[str, Any], worker: Worker) -> dict[str, Any]:
     data = load_index(config.data.root)
     if data.content_hash != spec.data_hash:
         raise RunError(f"{config.data.root} was replaced by another data set after the run was begun.")
-    resume = _agreed(newest, spec.url, worker)
+    resume = agreed(partial(newest, spec.url), spec.url, worker)
     with ExitStack() as stack:
         tracker, checkpoints = _writers(spec, config, worker, stack)
-        training = Training(config, data, worker, tracker, checkpoints)
+        training = Training(
+            config,
+            data,
+            worker,
+            tracker,
+            checkpoints,
+            spec.url,
+            initial=partial(_initial_model, spec),
+        )
         try:
             return _work(training, spec, resume)
         except BaseException:
@@ -191,21 +197,11 @@ def _work(training: Training, spec: RunSpec, resume: Checkpoint | None) -> dict[
             return {"state": state, "reason": reason}
     try:
         result = _finish(training, spec)
-    except _StoppedError:
+    except StoppedError:
         tracker.status("KILLED")
         return {"state": "stopped", "reason": ""}
     tracker.status("FINISHED")
     return {"state": "finished", "reason": "", "result": result}
-
-
-def _agreed(choose: Callable[[str], Checkpoint | None], url: str, worker: Worker) -> Checkpoint | None:
-    """The checkpoint that rank 0 chooses: all ranks must use the same one. Collective."""
-    found = choose(url) if worker.rank == 0 else None
-    place = torch.tensor([found.images_seen, found.attempt] if found else [0, 0], device=worker.device)
-    images_seen, attempt = worker.all_reduce(place).tolist()
-    if not attempt:
-        return None
-    return found or open_attempt(url, images_seen, attempt)
 
 
 def _writers(
@@ -220,14 +216,16 @@ def _writers(
     return tracker, CheckpointWriter(spec.url, attempt, config.checkpoint.keep, before_commit=tracker.sync)
 
 
+def _initial_model(spec: RunSpec) -> NVAE | None:
+    """The model whose weights the run begins with, if it is to begin with a model's."""
+    return load(spec.initial_model, spec.tracking_uri).model if spec.initial_model else None
+
+
 def _train(training: Training, spec: RunSpec, resume: Checkpoint | None) -> tuple[str, str]:
     """Train until the end, a stop request or divergence: (state, reason)."""
-    initial = None
-    if resume is None and spec.initial_model is not None:
-        initial = load(spec.initial_model, spec.tracking_uri).model
     state, reason = "diverged", ""
     try:
-        state = train(training, resume, initial)
+        state = train(training, resume)
     except DivergedError as error:
         reason = str(error)
     if training.checkpoints is not None:
@@ -239,7 +237,7 @@ def _train(training: Training, spec: RunSpec, resume: Checkpoint | None) -> tupl
 def _finish(training: Training, spec: RunSpec) -> dict[str, Any]:
     """Evaluate the best checkpoint on the whole validation split, then export and register it."""
     config, worker = training.config, training.worker
-    chosen = _agreed(best, spec.url, worker)
+    chosen = agreed(partial(best, spec.url), spec.url, worker)
     if chosen is None:
         raise RunError(f"{spec.url} has no checkpoint to register; run the same command again.")
     loaded = load(chosen.url, spec.tracking_uri)
@@ -247,8 +245,8 @@ def _finish(training: Training, spec: RunSpec) -> dict[str, Any]:
     if training.data.num_samples(VALIDATION):
         worker.say("Evaluating the best checkpoint on the whole validation split ...")
         model = loaded.model.to(worker.device)
-        batches = _stoppable(validation_batches(training), training)
-        scores = evaluate(model, config, batches, worker, config.evaluation.importance_samples)
+        samples = config.evaluation.importance_samples
+        scores = evaluate(model, config, validation_batches(training), worker, samples)
         worker.say(evaluation_line(scores, chosen.images_seen))
         training.tracker.log(
             {f"final/{name}": value for name, value in scores.items()}, at=chosen.images_seen
@@ -258,32 +256,6 @@ def _finish(training: Training, spec: RunSpec) -> dict[str, Any]:
     pictures = draw_pictures(training, loaded.model, at=chosen.images_seen) if scores else []
     result = _register(training, spec, chosen, loaded.model.cpu(), scores)
     return {**result, "pictures": [storage.join(spec.url, picture) for picture in pictures]}
-
-
-class _StoppedError(Exception):
-    """The run was asked to stop while its best checkpoint was evaluated."""
-
-
-def _stoppable(batches: Generator[Batch, None, None], training: Training) -> Iterator[Batch]:
-    """The batches, with a line every few seconds; raises _StoppedError on all ranks alike.
-
-    With a thousand importance samples a batch takes minutes. Asking whether to stop is a
-    meeting of all ranks, so that each asks equally often, however many batches it has.
-    """
-    worker, batch_size = training.worker, training.config.evaluation.batch_size
-    count = training.data.num_samples(VALIDATION)
-    per_round = worker.world_size * batch_size
-    said = time.monotonic()
-    with closing(batches):
-        for number in range(-(-count // per_round)):
-            if worker.stop_requested():
-                raise _StoppedError
-            if time.monotonic() - said > PROGRESS_SECONDS:
-                said = time.monotonic()
-                worker.say(f"Evaluated {number * per_round:,} of {count:,} images")
-            batch = next(batches, None)
-            if batch is not None:
-                yield batch
 
 
 def _register(

@@ -13,7 +13,7 @@ from pipeline.config import RunConfig
 from pipeline.preparation import Prepared, prepare
 from pipeline.training.journal import StoredJournal, decode
 from pipeline.training.tracking import default_tracking_uri
-from pipeline.training.worker import LocalWorker
+from pipeline.training.worker import LocalWorker, Worker
 
 IMAGES = 24
 YAML = """
@@ -92,7 +92,7 @@ class Home:
         return run.begin(self.prepare(name, *overrides, **asked))
 
     def train(
-        self, name: str, *overrides: str, parent: str | None = None, worker: LocalWorker | None = None
+        self, name: str, *overrides: str, parent: str | None = None, worker: Worker | None = None
     ) -> dict[str, Any]:
         """A launch from beginning to end, in this process; how it ended."""
         spec = self.begin(name, *overrides, parent=parent)

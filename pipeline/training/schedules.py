@@ -3,18 +3,25 @@
 A resumed run needs no scheduler's state: it asks again. Everything is smooth in `images_seen`,
 so that batch size and number of workers may change in the middle of a run.
 
+A rollback may have softened the coefficients (stability.py). What is left of each softening is a
+factor that returns geometrically to 1; several multiply.
+
 With `model.published_compatibility` the learning rate is the published one: a staircase of one
 step per epoch, whose cosine begins at the last value of the warm-up and not at its end, since
 torch's scheduler goes on from the rate that it finds. KL and spectral coefficients are the same.
 """
 
 import math
+from collections.abc import Sequence
 
 from nvae.step import Coefficients
 from pipeline.config import ObjectiveConfig, RunConfig
+from pipeline.training.interventions import Intervention
 
 
-def schedule(config: RunConfig, images_seen: int, *, epoch_images: int) -> Coefficients:
+def schedule(
+    config: RunConfig, images_seen: int, *, epoch_images: int, interventions: Sequence[Intervention] = ()
+) -> Coefficients:
     """The coefficients of the update that begins after `images_seen` images.
 
     `epoch_images` is the number of images in an epoch (for the published schedule: in the whole
@@ -25,7 +32,22 @@ def schedule(config: RunConfig, images_seen: int, *, epoch_images: int) -> Coeff
         rate = published_learning_rate(config, images_seen, epoch_images)
     else:
         rate = learning_rate(config, images_seen)
-    return Coefficients(rate, kl, spectral_coefficient(config.objective, kl))
+    spectral = spectral_coefficient(config.objective, kl)
+    for each in interventions:
+        left = remaining(config, images_seen - each.images_seen)
+        rate *= each.learning_rate_factor**left
+        spectral *= each.spectral_factor**left
+    return Coefficients(rate, kl, spectral)
+
+
+def recovery_images(config: RunConfig) -> int:
+    """Images after which a rollback is over: nothing of its softening is left."""
+    return math.ceil(config.stability.recovery_fraction * config.train.total_images)
+
+
+def remaining(config: RunConfig, images_since: int) -> float:
+    """What is left of a softening: 1 at once, 0 when it is over, as an exponent of its factors."""
+    return max(1 - images_since / recovery_images(config), 0.0)
 
 
 def learning_rate(config: RunConfig, images_seen: int) -> float:

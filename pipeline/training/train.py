@@ -1,102 +1,40 @@
 """The training loop: the one file that knows the order of a run.
 
 Read it first. Everything it calls by name is a spoke that knows nothing of the others:
-batches (data/loader.py), the update (nvae/step.py), schedules, metrics, checkpoints and
-tracking. There are no callbacks and no hooks, because a few calls in plain sight read
-better than as many registered somewhere else.
+batches (data/loader.py), the update (nvae/step.py), schedules, the verdict on an update
+(stability.py) and what it leads to (recovery.py), metrics, checkpoints and tracking. There are
+no callbacks and no hooks, because a few calls in plain sight read better than as many
+registered somewhere else.
 
-Progress is one integer, `images_seen`. All ranks run this same code and take every
-decision by values that are the same on all of them, so none waits for another in vain.
+Progress is one integer, `images_seen`; it never goes back, not even when the weights do. All
+ranks run this same code and take every decision by values that are the same on all of them, so
+none waits for another in vain. They agree once per update, inside it: whether it may be made,
+and whether any of them was asked to stop.
 """
 
+import logging
 import math
-from collections.abc import Generator, Mapping
+from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import dataclass
 from typing import Literal
 
-import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.swa_utils import AveragedModel
+from torch import nn
 
-from nvae.model import NVAE
-from nvae.step import StepSettings, make_ema, make_optimizer, step_noise, update
-from pipeline import config_file
+from nvae.health import Reading
+from nvae.step import StepResult, StepSettings, step_noise, update
 from pipeline.config import CadenceConfig, RunConfig
-from pipeline.data.index import VALIDATION, Index
-from pipeline.data.loader import Batch, evaluation_batches, training_batches
-from pipeline.models.evaluation import evaluate
-from pipeline.models.sampling import grid, png, reconstruct, sample_images
-from pipeline.progress import evaluation_line, training_line
+from pipeline.data.loader import Batch, training_batches
+from pipeline.progress import training_line
 from pipeline.training.checkpoint import BEST_METRIC, Checkpoint
-from pipeline.training.checkpoint_writer import CheckpointWriter
+from pipeline.training.interventions import ROLLBACKS, Kind, rollbacks
 from pipeline.training.metrics import Metrics
-from pipeline.training.optimizer_state import flatten_optimizer, restore_optimizer
-from pipeline.training.schedules import schedule
-from pipeline.training.tracking import Tracker
-from pipeline.training.worker import Worker
+from pipeline.training.recovery import DivergedError, intervene
+from pipeline.training.schedules import recovery_images, schedule
+from pipeline.training.stability import judge, limits
+from pipeline.training.state import Training, TrainState
+from pipeline.training.validation import StoppedError, evaluate_and_show
 
-RECONSTRUCTIONS = 8
-
-
-class DivergedError(RuntimeError):
-    """No update since the last log line had a finite loss and gradient."""
-
-
-@dataclass
-class TrainState:
-    """Everything that a checkpoint holds, on this rank's device."""
-
-    model: NVAE
-    ema: AveragedModel
-    optimizer: Optimizer
-    images_seen: int = 0
-    best: float = math.inf
-    """Lowest validation bits/dim so far; kept by every rank, since it decides what all do."""
-
-    @classmethod
-    def create(
-        cls, config: RunConfig, worker: Worker, resume: Checkpoint | None, initial: NVAE | None
-    ) -> "TrainState":
-        """A fresh model, one that begins with the weights of `initial`, or a resumed one."""
-        torch.manual_seed(config.train.seed)
-        model = NVAE(config.model)
-        if initial is not None:
-            model.load_state_dict(initial.state_dict())
-        model.set_activation_checkpointing(config.train.activation_checkpointing)
-        model.to(worker.device)
-        state = cls(
-            model,
-            make_ema(model, config.optimizer.ema_decay),
-            make_optimizer(model, config.optimizer.weight_decay),
-        )
-        if resume is not None:
-            state.restore(resume)
-        return state
-
-    def restore(self, checkpoint: Checkpoint) -> None:
-        """Put back what `tensors` gave."""
-        self.model.load_state_dict(checkpoint.load("model"))
-        self.averaged.load_state_dict(checkpoint.load("ema"))
-        restore_optimizer(self.optimizer, self.model, checkpoint.load("optimizer"))
-        self.ema.n_averaged.fill_(checkpoint.record["updates"])
-        self.images_seen = checkpoint.images_seen
-        self.best = math.inf if checkpoint.record["best"] is None else checkpoint.record["best"]
-
-    def tensors(self) -> dict[str, Mapping[str, Tensor]]:
-        """The files of a checkpoint, by name."""
-        return {
-            "model": self.model.state_dict(),
-            "ema": self.averaged.state_dict(),
-            "optimizer": flatten_optimizer(self.optimizer, self.model),
-        }
-
-    @property
-    def averaged(self) -> NVAE:
-        """The model with averaged weights: the one that is evaluated, sampled, registered."""
-        assert isinstance(self.ema.module, NVAE)
-        return self.ema.module
+logger = logging.getLogger(__name__)
 
 
 class Cadence:
@@ -118,32 +56,20 @@ class Cadence:
         return self._now // interval > self._before // interval or self.at_the_end
 
 
-@dataclass(frozen=True)
-class Training:
-    """What surrounds the state: where it trains, on what, and who writes things down."""
-
-    config: RunConfig
-    data: Index
-    worker: Worker
-    tracker: Tracker
-    checkpoints: CheckpointWriter | None
-    """Rank 0's writer; None on the other ranks."""
-
-
-def train(
-    training: Training, resume: Checkpoint | None = None, initial: NVAE | None = None
-) -> Literal["finished", "stopped"]:
+def train(training: Training, resume: Checkpoint | None = None) -> Literal["finished", "stopped"]:
     """Train one NVAE for `train.total_images`, continuing from `resume` if there is one.
 
     Returns when the last image was seen, or after a checkpoint when the run was asked to
     stop. Raises DivergedError, on all ranks alike.
     """
-    config, worker, tracker = training.config, training.worker, training.tracker
+    config, worker = training.config, training.worker
     total = config.train.total_images
-    state = TrainState.create(config, worker, resume, initial)
+    state = TrainState.create(config, worker, resume, None if resume else training.initial())
     model = worker.wrap(state.model)
     metrics = Metrics(worker, config.model)
     cadence = Cadence(config.cadence, total, state.images_seen)
+    if state.evaluation_due and look_and_save(training, state, cadence) == "stopped":
+        return "stopped"
 
     batches = training_batches(
         config,
@@ -157,30 +83,18 @@ def train(
     with closing(batches):
         for batch in batches:
             worker.mark("update", state.images_seen)
-            step(training, state, model, batch, metrics)
+            result = step(training, state, model, batch, metrics)
+            kind = respond(training, state, result.reading, batch)
             cadence.advance(state.images_seen)
-            scores: dict[str, float] = {}
-            stopping = False
-
             if cadence.due("log"):
                 worker.mark("log", state.images_seen)
-                numbers = metrics.reduce()
-                tracker.log(numbers, at=state.images_seen)
-                worker.say(training_line(numbers, state.images_seen, total))
-                refuse_divergence(numbers, state.images_seen)
-                stopping = worker.stop_requested() and not cadence.at_the_end
+                log(training, state, metrics)
+            state.evaluation_due |= cadence.due("evaluate")
+            state.checkpoint_due |= cadence.due("checkpoint") or kind in ROLLBACKS
+            stopping = result.reading.votes[0] > 0 and not cadence.at_the_end
             with metrics.paused():
-                if cadence.due("evaluate"):
-                    worker.mark("evaluate", state.images_seen)
-                    scores = evaluate_and_show(training, state)
-                improved = scores.get(BEST_METRIC, math.inf) < state.best
-                if improved:
-                    state.best = scores[BEST_METRIC]
-                if cadence.due("checkpoint") or stopping or improved:
-                    worker.mark("checkpoint", state.images_seen)
-                    save(training, state, scores)
-            if stopping:
-                return "stopped"
+                if look_and_save(training, state, cadence, stopping) == "stopped":
+                    return "stopped"
             worker.mark("batch", state.images_seen)
     return "finished"
 
@@ -194,20 +108,32 @@ def whole_batches(total_images: int, batch_size: int, images_seen: int) -> int:
     return images_seen + -(-(total_images - images_seen) // batch_size) * batch_size
 
 
-def step(training: Training, state: TrainState, model: nn.Module, batch: Batch, metrics: Metrics) -> None:
-    """One update of the weights by one global batch."""
+def step(
+    training: Training, state: TrainState, model: nn.Module, batch: Batch, metrics: Metrics
+) -> StepResult:
+    """One update of the weights by one global batch, if it is sound."""
     config, worker = training.config, training.worker
-    coefficients = schedule(config, state.images_seen, epoch_images=training.data.num_samples("train"))
+    coefficients = schedule(
+        config,
+        state.images_seen,
+        epoch_images=training.data.num_samples("train"),
+        interventions=state.interventions,
+    )
     result = update(
         model,
         state.optimizer,
         batch.images.to(worker.device, non_blocking=True),
         coefficients,
         step_settings(config, len(batch.images)),
-        noise=step_noise(config.train.seed, state.images_seen, worker.rank, worker.device),
+        noise=step_noise(
+            config.train.seed, state.images_seen, worker.rank, worker.device, rollbacks(state.interventions)
+        ),
         flip=batch.flip.to(worker.device, non_blocking=True),
         weights=batch.weights.to(worker.device, non_blocking=True),
         ema=state.ema,
+        limits=limits(config.stability, state.condition),
+        # So that a stop takes effect after the very update, on all ranks, whoever heard of it.
+        ballot=[float(worker.stop_wanted())],
     )
     metrics.add(
         result,
@@ -218,6 +144,28 @@ def step(training: Training, state: TrainState, model: nn.Module, batch: Batch, 
         cached_bytes=batch.cached_bytes,
     )
     state.images_seen += batch.global_size
+    return result
+
+
+def respond(training: Training, state: TrainState, reading: Reading, batch: Batch) -> Kind | None:
+    """Judge the update that was, or was not, made with `batch`, and do what that asks for.
+
+    Returns what was done against divergence; None where all is well.
+    """
+    config = training.config
+    verdict = judge(
+        config.stability,
+        state.condition,
+        reading,
+        images_seen=state.images_seen - batch.global_size,
+        span_images=recovery_images(config),
+        interventions=state.interventions,
+    )
+    state.condition = verdict.condition
+    if verdict.kind is not None:
+        used = zip(batch.keys, batch.weights.tolist(), strict=True)
+        intervene(training, state, verdict, [key for key, weight in used if weight > 0])
+    return verdict.kind
 
 
 def step_settings(config: RunConfig, images: int) -> StepSettings:
@@ -231,70 +179,59 @@ def step_settings(config: RunConfig, images: int) -> StepSettings:
     )
 
 
+def log(training: Training, state: TrainState, metrics: Metrics) -> None:
+    """Note and show the numbers since the log line before."""
+    config = training.config
+    numbers = metrics.reduce()
+    training.tracker.log(numbers, at=state.images_seen)
+    training.worker.say(training_line(numbers, state.images_seen, config.train.total_images))
+    if not config.stability.enabled:
+        refuse_divergence(numbers, state.images_seen)
+
+
 def refuse_divergence(numbers: Mapping[str, float], images_seen: int) -> None:
     """Raise DivergedError if not one of the updates behind `numbers` was finite."""
     if numbers["train/skipped_fraction"] == 1.0:
         raise DivergedError(
             f"no update before {images_seen:,} images had a finite loss and gradient; every one was "
             "skipped. The last checkpoint is from before. Raise objective.spectral_coefficient or lower "
-            "optimizer.learning_rate in a new run."
+            "optimizer.learning_rate in a new run, or set stability.enabled=true."
         )
 
 
-def evaluate_and_show(training: Training, state: TrainState) -> dict[str, float]:
-    """Scores of the averaged model on the validation split; rank 0 also draws pictures."""
-    config, worker = training.config, training.worker
-    if not training.data.num_samples(VALIDATION):
-        return {}
-    batches = validation_batches(training, limit=config.evaluation.images)
-    scores = evaluate(state.averaged, config, batches, worker)
-    training.tracker.log(scores, at=state.images_seen)
-    worker.say(evaluation_line(scores, state.images_seen))
-    if worker.rank == 0:
-        draw_pictures(training, state.averaged, at=state.images_seen)
-    worker.barrier()
-    return scores
+def look_and_save(
+    training: Training, state: TrainState, cadence: Cadence, stopping: bool = False
+) -> Literal["stopped"] | None:
+    """Evaluate if that is due, save if there is reason to; "stopped" if the run was asked to stop.
 
-
-def validation_batches(training: Training, limit: int | None = None) -> Generator[Batch, None, None]:
-    """This rank's share of the validation split, or of its first `limit` images."""
-    return evaluation_batches(
-        training.config,
-        training.data,
-        rank=training.worker.rank,
-        world_size=training.worker.world_size,
-        limit=limit,
-        batch_size=training.config.evaluation.batch_size,
-    )
-
-
-def draw_pictures(training: Training, model: NVAE, at: int) -> list[str]:
-    """Samples from the prior, and originals each beside its reconstruction; rank 0 alone.
-
-    Returns where they are, below the run's folder.
+    What is due amid an episode of trouble waits for its end: weights of unknown health are saved
+    only when the run leaves them.
     """
-    config = training.config
-    samples = sample_images(model, config.sampling.count, config.sampling.temperature, config.train.seed)
-    with closing(
-        evaluation_batches(
-            config, training.data, rank=0, world_size=1, limit=RECONSTRUCTIONS, batch_size=RECONSTRUCTIONS
-        )
-    ) as originals:
-        pairs = reconstruct(model, next(originals).images, config.train.seed)
-    return [
-        training.tracker.picture("samples", png(grid(samples)), at),
-        training.tracker.picture("reconstructions", png(grid(pairs, columns=4)), at),
-    ]
+    scores: dict[str, float] = {}
+    if state.evaluation_due and not stopping:
+        training.worker.mark("evaluate", state.images_seen)
+        try:
+            scores = evaluate_and_show(training, state)
+            state.evaluation_due = False
+        except StoppedError:
+            # It is made anew when the run continues.
+            stopping = True
+    score = scores.get(BEST_METRIC, math.inf)
+    due = state.checkpoint_due or score < state.best
+    if (due and state.condition.onset is None) or stopping or cadence.at_the_end:
+        training.worker.mark("checkpoint", state.images_seen)
+        state.best = min(state.best, score)
+        state.checkpoint_due = False
+        save(training, state, scores)
+    return "stopped" if stopping else None
 
 
 def save(training: Training, state: TrainState, scores: Mapping[str, float]) -> None:
     """Write a checkpoint in the background; all ranks tell whoever started them."""
     if training.checkpoints is not None:
-        record = {
-            "config": config_file.to_mapping(config_file.without_secrets(training.config)),
-            "data_hash": training.data.content_hash,
-            "updates": int(state.ema.n_averaged),
-            "best": state.best if math.isfinite(state.best) else None,
-        }
-        training.checkpoints.save(state.tensors(), record, state.images_seen, scores)
+        if state.is_finite():
+            record = state.record(training.config, training.data.content_hash)
+            training.checkpoints.save(state.tensors(), record, state.images_seen, scores)
+        else:
+            logger.warning("no checkpoint at %s images: its weights are not finite", f"{state.images_seen:,}")
     training.worker.report({"images_seen": state.images_seen, **scores})

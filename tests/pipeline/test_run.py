@@ -20,6 +20,7 @@ from pipeline.run_folder import RunError
 from pipeline.training.checkpoint import images_saved
 from pipeline.training.tracking import TrackingError
 from pipeline.training.worker import LocalWorker
+from tests.injecting import CrashError, Injecting, crash, stop
 from tests.tiny_run import Home, points
 
 RUN = "all-of-it"
@@ -246,17 +247,10 @@ def test_a_finished_run_is_registered_with_its_scores(home: Home, finished: dict
 
 def test_a_continued_run_has_one_mlflow_run_and_one_curve(home: Home) -> None:
     """Interrupted in the middle, so that points are computed a second time."""
-    lines = iter(range(1, 4))
-
-    def killed_at_the_third_line() -> bool:
-        if next(lines) == 3:
-            raise KeyboardInterrupt
-        return False
-
-    with pytest.raises(KeyboardInterrupt), LocalWorker(asked_to_stop=killed_at_the_third_line) as worker:
-        home.train("continued", "cadence.evaluate_images=48", worker=worker)
+    with pytest.raises(CrashError):
+        home.train("continued", "cadence.evaluate_images=48", worker=Injecting(LocalWorker(), {24: crash}))
     first = run_folder.known_record(home.store, "continued")
-    assert (first.state, first.reason) == ("failed", "KeyboardInterrupt")
+    assert (first.state, first.reason) == ("failed", "CrashError")
     assert home.train("continued", "cadence.evaluate_images=48")["state"] == "finished"
     second = run_folder.known_record(home.store, "continued")
     assert second.mlflow_run_id == first.mlflow_run_id
@@ -265,10 +259,10 @@ def test_a_continued_run_has_one_mlflow_run_and_one_curve(home: Home) -> None:
 
 
 def test_the_last_evaluation_can_be_stopped_and_continued(home: Home) -> None:
-    """At its end the training itself no longer asks; the evaluation after it may take days."""
+    """At its end the training itself no longer stops; the evaluation after it may take days."""
     cadence = ["cadence.log_images=48", "cadence.evaluate_images=48"]
-    with LocalWorker(asked_to_stop=lambda: True) as worker:
-        assert home.train("late", *cadence, worker=worker) == {"state": "stopped", "reason": ""}
+    worker = Injecting(LocalWorker(), {44: stop})
+    assert home.train("late", *cadence, worker=worker) == {"state": "stopped", "reason": ""}
     assert images_saved(home.run_url("late")) == 48
     with pytest.raises(RegistryError, match="nvae-late"):
         Registry(home.tracking).versions("nvae-late")

@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,9 +14,12 @@ from pipeline.data import shards
 from pipeline.data.index import load_index
 from pipeline.models.export import load_directory
 from pipeline.training.checkpoint import Checkpoint, best, checkpoints, newest, open_attempt
+from pipeline.training.recovery import DivergedError
+from pipeline.training.state import Training
 from pipeline.training.tracking import NullTracker
-from pipeline.training.train import Cadence, DivergedError, Training, train
+from pipeline.training.train import Cadence, train
 from pipeline.training.worker import LocalWorker
+from tests.injecting import CrashError, Injecting, crash, stop
 from tests.tiny_run import Home, points
 
 FILES = ("model", "ema", "optimizer")
@@ -28,26 +30,6 @@ def whole(shared_home: Home) -> str:
     """A run of 48 images that nothing interrupted."""
     shared_home.train("whole")
     return "whole"
-
-
-class CrashError(Exception):
-    """What ends a process in the middle, as far as the loop can tell."""
-
-
-def at_log_line(number: int, act: Callable[[], bool]) -> Callable[[], bool]:
-    """A question whether to stop that is answered by `act` at this log line, by no before."""
-    asked = 0
-
-    def answer() -> bool:
-        nonlocal asked
-        asked += 1
-        return act() if asked == number else False
-
-    return answer
-
-
-def crash() -> bool:
-    raise CrashError
 
 
 def tensors(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
@@ -72,9 +54,9 @@ def learned(home: Home, name: str) -> dict[tuple[str, int], float]:
 def test_a_run_that_was_stopped_and_continued_is_the_uninterrupted_one_bit_for_bit(
     home: Home, whole: str
 ) -> None:
-    with LocalWorker(asked_to_stop=at_log_line(5, lambda: True)) as worker:
-        assert home.train("stopped", worker=worker)["state"] == "stopped"
-    # 40 images: between two multiples of checkpoint_images.
+    worker = Injecting(LocalWorker(), {36: stop})
+    assert home.train("stopped", worker=worker)["state"] == "stopped"
+    # After the very update: 40 is between two multiples of checkpoint_images.
     assert last(home, "stopped").images_seen == 40
     assert home.train("stopped")["state"] == "finished"
     assert_same_run(home, whole, "stopped")
@@ -83,8 +65,8 @@ def test_a_run_that_was_stopped_and_continued_is_the_uninterrupted_one_bit_for_b
 def test_a_run_that_crashed_and_continued_is_the_uninterrupted_one_bit_for_bit(
     home: Home, whole: str
 ) -> None:
-    with pytest.raises(CrashError), LocalWorker(asked_to_stop=at_log_line(5, crash)) as worker:
-        home.train("crashed", worker=worker)
+    with pytest.raises(CrashError):
+        home.train("crashed", worker=Injecting(LocalWorker(), {40: crash}))
     # Seen were 40; the last checkpoint is from before.
     assert last(home, "crashed").images_seen == 32
     assert home.train("crashed")["state"] == "finished"
@@ -132,7 +114,10 @@ def test_something_is_due_when_a_multiple_of_its_interval_was_passed_and_at_the_
 
 def test_training_gives_up_when_no_update_is_finite(home: Home) -> None:
     config = home.config(
-        "optimizer.learning_rate=1e30", "optimizer.warmup_images=0", f"data.root={home.store}/data/tiny"
+        "optimizer.learning_rate=1e30",
+        "optimizer.warmup_images=0",
+        "stability.enabled=false",
+        f"data.root={home.store}/data/tiny",
     )
     training = Training(config, load_index(config.data.root), LocalWorker(), NullTracker(), None)
     with pytest.raises(DivergedError, match=r"objective\.spectral_coefficient"):
@@ -140,7 +125,8 @@ def test_training_gives_up_when_no_update_is_finite(home: Home) -> None:
 
 
 def test_a_diverged_run_says_so_and_registers_nothing(home: Home) -> None:
-    end = home.train("diverged", "optimizer.learning_rate=1e30", "optimizer.warmup_images=0")
+    explosive = ("optimizer.learning_rate=1e30", "optimizer.warmup_images=0", "stability.enabled=false")
+    end = home.train("diverged", *explosive)
     assert end["state"] == "diverged"
     assert "had a finite loss and gradient" in end["reason"]
     record = json.loads((Path(home.run_url("diverged")) / "run.json").read_text())

@@ -1,0 +1,62 @@
+"""What was done against divergence: the append-only list that is part of a training's state.
+
+Schedules ask it for the softening that is still in force, noise for the number of rollbacks,
+the ladder (stability.py) for what is left of its budget, and people for what happened.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from typing import Any
+
+
+class Kind(StrEnum):
+    """The rungs of the ladder."""
+
+    SKIP = "skip"
+    """An update was left out."""
+    CLIP = "clip"
+    """From here gradients that are too long are shortened instead of left out."""
+    ROLL_BACK = "roll_back"
+    """The weights of an earlier checkpoint came back; images and noise went on."""
+    SOFTEN = "soften"
+    """The same, and the coefficients became gentler for a while."""
+    GIVE_UP = "give_up"
+    """The training ended."""
+
+
+ROLLBACKS = (Kind.ROLL_BACK, Kind.SOFTEN)
+
+
+@dataclass(frozen=True)
+class Intervention:
+    """One thing that was done, and why."""
+
+    kind: Kind
+    images_seen: int
+    """When: images seen after the update that was the reason."""
+    reason: str
+    back_to: int | None = None
+    """Images seen at the checkpoint whose weights came back; 0: the initial weights."""
+    spectral_factor: float = 1.0
+    """Of the spectral coefficient, at that moment."""
+    learning_rate_factor: float = 1.0
+    keys: tuple[str, ...] = ()
+    """Samples of the batch that was left out, over all ranks."""
+
+
+def rollbacks(interventions: Iterable[Intervention]) -> int:
+    """How often weights came back."""
+    return sum(each.kind in ROLLBACKS for each in interventions)
+
+
+def to_record(interventions: Sequence[Intervention]) -> list[dict[str, Any]]:
+    """As plain values for a checkpoint's record."""
+    return [asdict(each) for each in interventions]
+
+
+def from_record(record: Sequence[Mapping[str, Any]]) -> list[Intervention]:
+    """What `to_record` was given."""
+    return [
+        Intervention(**{**each, "kind": Kind(each["kind"]), "keys": tuple(each["keys"])}) for each in record
+    ]

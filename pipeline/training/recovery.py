@@ -1,0 +1,149 @@
+"""What is done when an update was not sound: the ladder of stability.py, carried out.
+
+Each rung is an entry of the interventions, which are in every checkpoint; a metric, a tag and a
+file of the run; and a line to the user. `images_seen` never goes back: the weights of an earlier
+checkpoint go on with the images after the trouble, and with other noise.
+
+All ranks come here together, for they have the same verdict.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+
+from pipeline.training.checkpoint import Checkpoint, newest, open_attempt
+from pipeline.training.interventions import ROLLBACKS, Intervention, Kind, rollbacks
+from pipeline.training.stability import Verdict
+from pipeline.training.state import Training, TrainState
+from pipeline.training.worker import Worker
+
+KEYS_SHOWN = 8
+"""Sample keys that an intervention keeps; all of them are in the run's file of it."""
+
+
+class DivergedError(RuntimeError):
+    """A training that goes on diverging, whatever is done; the message says why and what to do."""
+
+
+def intervene(training: Training, state: TrainState, verdict: Verdict, keys: Sequence[str]) -> None:
+    """Do what the verdict on the last update asks for; `keys` are this rank's samples of it.
+
+    Raises DivergedError where it is to give up. Collective.
+    """
+    assert verdict.kind is not None
+    config = training.config.stability
+    onset = verdict.condition.onset
+    all_keys = gathered(keys, training.worker)
+    done = Intervention(verdict.kind, state.images_seen, verdict.reason, keys=all_keys[:KEYS_SHOWN])
+    if verdict.kind is Kind.SOFTEN:
+        done = replace(
+            done,
+            spectral_factor=config.spectral_factor,
+            learning_rate_factor=config.learning_rate_factor,
+        )
+    if verdict.kind in ROLLBACKS:
+        assert onset is not None
+        done = replace(done, back_to=roll_back(training, state, onset))
+    state.interventions.append(done)
+    tell(training, state, all_keys)
+    if verdict.kind is Kind.GIVE_UP:
+        raise DivergedError(farewell(training, state, onset or 0))
+
+
+def roll_back(training: Training, state: TrainState, onset: int) -> int:
+    """Put back the weights from before `onset`; returns images seen at their checkpoint, or 0.
+
+    An update is first suspicious when its weights have gone wrong already, so that a checkpoint
+    at `onset` itself will not do.
+    """
+    checkpoint = None
+    if training.checkpoints is not None:
+        training.checkpoints.settle()
+    if training.url is not None:
+        url = training.url
+        checkpoint = agreed(lambda: newest_sound(url, onset - 1), url, training.worker)
+    if checkpoint is None:
+        state.begin_anew(training.config, training.initial())
+        return 0
+    state.roll_back(checkpoint)
+    return checkpoint.images_seen
+
+
+def newest_sound(run_url: str, at_most: int) -> Checkpoint | None:
+    """The newest intact checkpoint of at most so many images that was not saved amid an episode."""
+    found = newest(run_url, at_most)
+    while found is not None and found.record["condition"]["onset"] is not None:
+        found = newest(run_url, found.images_seen - 1)
+    return found
+
+
+def agreed(choose: Callable[[], Checkpoint | None], run_url: str, worker: Worker) -> Checkpoint | None:
+    """The checkpoint that rank 0 chooses: all ranks must use the same one. Collective."""
+    found = choose() if worker.rank == 0 else None
+    place = torch.tensor([found.images_seen, found.attempt] if found else [0, 0], device=worker.device)
+    images_seen, attempt = worker.all_reduce(place).tolist()
+    if not attempt:
+        return None
+    return found or open_attempt(run_url, images_seen, attempt)
+
+
+def gathered(keys: Sequence[str], worker: Worker) -> tuple[str, ...]:
+    """The keys of all ranks, in the order of ranks. Collective: two sums."""
+    text = torch.tensor(list(json.dumps(list(keys)).encode()), device=worker.device)
+    lengths = torch.zeros(worker.world_size, dtype=torch.int64, device=worker.device)
+    lengths[worker.rank] = len(text)
+    longest = int(worker.all_reduce(lengths).max())
+    texts = torch.zeros(worker.world_size, longest, dtype=torch.int64, device=worker.device)
+    texts[worker.rank, : len(text)] = text
+    rows = zip(worker.all_reduce(texts).tolist(), lengths.tolist(), strict=True)
+    return tuple(key for row, length in rows for key in json.loads(bytes(row[:length])))
+
+
+def tell(training: Training, state: TrainState, keys: Sequence[str]) -> None:
+    """Say what was done last: to the user, to MLflow, in a file of the run."""
+    done, tracker = state.interventions[-1], training.tracker
+    counts = {kind: sum(each.kind is kind for each in state.interventions) for kind in Kind}
+    tracker.log({f"stability/{kind}": float(count) for kind, count in counts.items()}, at=done.images_seen)
+    tracker.tag(f"stability.{done.kind}", str(counts[done.kind]))
+    line = f"At {done.images_seen:,} images: {in_words(done)}"
+    tracker.tag("stability.last", line)
+    tracker.file(
+        f"stability/{done.images_seen:012d}-{done.kind}.json",
+        json.dumps({"reason": done.reason, "keys": list(keys)}, indent=2).encode(),
+    )
+    training.worker.say(line)
+
+
+def in_words(done: Intervention) -> str:
+    """What was done, and why."""
+    where = "the initial weights" if done.back_to == 0 else f"the checkpoint at {done.back_to or 0:,} images"
+    gentler = (
+        f", spectral coefficient times {done.spectral_factor:g} and learning rate times "
+        f"{done.learning_rate_factor:g} for a while"
+    )
+    what = {
+        Kind.SKIP: "update skipped",
+        Kind.CLIP: "long gradients are shortened from here on",
+        Kind.ROLL_BACK: f"back to {where}, on with the next images",
+        Kind.SOFTEN: f"back to {where}, on with the next images{gentler}",
+        Kind.GIVE_UP: "given up",
+    }
+    return f"{what[done.kind]}: {done.reason}"
+
+
+def farewell(training: Training, state: TrainState, onset: int) -> str:
+    """Why the training ends, which samples were in it, and what to do."""
+    last = state.interventions[-1]
+    skipped = [
+        each for each in state.interventions if each.images_seen > onset and each.kind is not Kind.CLIP
+    ]
+    keys = list(dict.fromkeys(key for each in reversed(skipped) for key in each.keys))
+    files = "" if training.url is None else f" (all of them in {training.url}/files/stability)"
+    return (
+        f"{last.reason}, at {last.images_seen:,} images, after {rollbacks(state.interventions)} rollbacks. "
+        f"Skipped were, among others, {', '.join(keys[:KEYS_SHOWN])}{files}. Look at these samples; raise "
+        "objective.spectral_coefficient or lower optimizer.learning_rate in a new run; or allow more "
+        "with stability.max_rollbacks and the same command."
+    )
