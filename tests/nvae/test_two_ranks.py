@@ -1,5 +1,6 @@
 """Two real processes that share a batch make the update of one process that has it all."""
 
+import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from torch import Tensor, multiprocessing, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
+from nvae.batch_norm import BatchNorm
+from nvae.collectives import Waiting
 from nvae.distributions import Noise
 from nvae.health import Reading
 from nvae.layers import DataInitializedConv2d
@@ -119,10 +122,44 @@ def initialized_layer(x: Tensor, forgetful: bool) -> DataInitializedConv2d:
     return layer
 
 
+LATE_SECONDS = 0.2
+MOMENTS = ("before the update", "in a batch norm", "in the last gradient")
+
+
+def late(moment: str, rank: int) -> list[tuple[float, float]]:
+    """Three updates in which rank 1 is late at that moment: how long each took, and waited."""
+    network = tiny_model()
+    model = DistributedDataParallel(network, broadcast_buffers=False)
+
+    def pause(*_: Any) -> None:
+        if rank == 1:
+            time.sleep(LATE_SECONDS)
+
+    if moment == "in a batch norm":
+        next(
+            module for module in network.modules() if isinstance(module, BatchNorm)
+        ).register_forward_pre_hook(pause)
+    if moment == "in the last gradient":
+        network.stem.weight.register_hook(pause)
+    optimizer, waiting = make_optimizer(network, 0.0), Waiting(torch.device("cpu"))
+    found = []
+    for number in range(3):
+        if moment == "before the update":
+            pause()
+        with waiting:
+            images = stored_images(network.config, 2, seed=number)
+            update(
+                model, optimizer, images, Coefficients(1e-3, 1.0, 0.1), StepSettings(), noise=normal_noise(0)
+            )
+        found.append((waiting.total.read(), waiting.waited.read()))
+    return found
+
+
 def run_rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     found: dict[str, Any] = {name: train(scenario, rank) for name, scenario in SCENARIOS.items()}
+    found["late"] = {moment: late(moment, rank) for moment in MOMENTS}
     for compatible in (False, True):
         config = tiny_config(published_compatibility=compatible)
         found[f"balance, {compatible}"] = balance(KL[rank : rank + 1], torch.ones(1), config)
@@ -185,3 +222,27 @@ def test_a_layer_is_initialized_from_all_ranks_and_a_forgetful_one_from_their_av
             parameters, spread = found[f"layer, {forgetful}"], 5 * deviation + 1e-5
             assert_close(parameters["log_weight_norm"].flatten(), -spread.log())
             assert_close(parameters["bias"], -mean / spread)
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_waiting_for_a_late_rank_is_measured_wherever_it_is_late(two_ranks, moment):
+    punctual, slow = (rank["late"][moment] for rank in two_ranks)
+    assert all(waited <= total for total, waited in punctual + slow)
+    # The best of three, for on a busy machine either rank is late by itself now and then.
+    more = [first - second for (_, first), (_, second) in zip(punctual, slow, strict=True)]
+    assert max(more) > 0.5 * LATE_SECONDS
+
+
+def test_one_process_waits_for_nobody():
+    network, waiting = tiny_model(), Waiting(torch.device("cpu"))
+    with waiting:
+        update(
+            network,
+            make_optimizer(network, 0.0),
+            stored_images(network.config, 2),
+            Coefficients(1e-3, 1.0, 0.1),
+            StepSettings(),
+            noise=normal_noise(0),
+        )
+    assert waiting.waited.read() == 0 < waiting.total.read()
+    assert waiting.total.read() == 0, "what was read is gone"
