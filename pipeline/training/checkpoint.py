@@ -64,6 +64,8 @@ class Checkpoint:
     """What the training recorded beside its tensors: configuration, interventions."""
     metrics: Mapping[str, float | None]
     """Metrics at that moment; None for one that was not finite."""
+    sound: bool
+    """Whether its weights were known to be good: it was not saved amid an episode of trouble."""
     _read: dict[str, dict[str, Tensor]] = field(default_factory=dict, repr=False, compare=False)
     """Tensors of files that were read and not asked for since."""
 
@@ -108,14 +110,16 @@ def open_checkpoint(url: str) -> Checkpoint:
     fields = manifest.fields
     images_seen, attempt = fields.get("images_seen"), fields.get("attempt")
     record, metrics = fields.get("record"), fields.get("metrics")
+    sound = fields.get("sound", True)
     if (
         type(images_seen) is not int
         or type(attempt) is not int
         or not isinstance(record, dict)
         or not isinstance(metrics, dict)
+        or not isinstance(sound, bool)
     ):
         raise ArtifactError(
-            f"{storage.join(url, MANIFEST)}: images_seen, attempt, record or metrics is missing or of "
+            f"{storage.join(url, MANIFEST)}: images_seen, attempt, record, metrics or sound is missing or of "
             "the wrong type; the manifest was not written by us."
         )
     name = _DIRECTORY.fullmatch(url.rstrip("/").rpartition("/")[2])
@@ -124,7 +128,7 @@ def open_checkpoint(url: str) -> Checkpoint:
             f"{url}: holds the checkpoint of attempt {attempt} at {images_seen:,} images; somebody "
             "renamed or copied it."
         )
-    return Checkpoint(manifest, images_seen, attempt, record, metrics)
+    return Checkpoint(manifest, images_seen, attempt, record, metrics, sound)
 
 
 def newest(run_url: str, at_most: int | None = None) -> Checkpoint | None:

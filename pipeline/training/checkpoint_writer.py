@@ -22,17 +22,17 @@ from datetime import UTC, datetime
 from typing import Any
 
 from pipeline import storage
-from pipeline.artifacts import MANIFEST, ArtifactError, write_directory
+from pipeline.artifacts import MANIFEST, write_directory
 from pipeline.training.checkpoint import (
     BEST_METRIC,
     FORMAT,
     FORMAT_VERSION,
     CheckpointError,
     Directory,
+    checkpoints,
     checkpoints_url,
     claims,
     directories,
-    open_checkpoint,
 )
 from pipeline.training.host_copy import Files, HostCopy
 
@@ -66,8 +66,8 @@ def claim_attempt(run_url: str) -> int:
 class CheckpointWriter:
     """Writes the checkpoints of one attempt, on one rank, in the background.
 
-    Keeps the `keep` newest checkpoints and the one with the lowest `best_metric`, over all
-    attempts up to its own.
+    Keeps the newest checkpoint, the `keep` newest sound ones and the one with the lowest
+    `best_metric`, over all attempts up to its own.
     """
 
     def __init__(
@@ -97,7 +97,12 @@ class CheckpointWriter:
         self._last_saved: int | None = None
         self._host = HostCopy()
         # Value of the best metric (None: not measured) of each whole checkpoint there is.
-        self._values = _values(run_url, best_metric)
+        self._values: dict[Directory, float | None] = {}
+        # Those whose weights are of unknown health.
+        self._unsound: set[Directory] = set()
+        for checkpoint in checkpoints(run_url):
+            directory = Directory(checkpoint.attempt, checkpoint.images_seen, checkpoint.url)
+            self._note(directory, checkpoint.metrics, checkpoint.sound)
 
     @property
     def best_value(self) -> float:
@@ -111,11 +116,13 @@ class CheckpointWriter:
         images_seen: int,
         metrics: Mapping[str, float],
         *,
+        sound: bool = True,
         may_be_left_out: bool = False,
     ) -> None:
         """Copies the tensors to host memory, then writes them in the background.
 
-        `files` maps "model" and so on to tensors by name; `record` is JSON without NaN. While
+        `files` maps "model" and so on to tensors by name; `record` is JSON without NaN; `sound`
+        says whether the weights are known to be good. While
         the save before is still going on there is no memory for another copy: it is waited
         for, or this save is left out if it may be, both with a warning. A second save at
         the same number of images is the same state and does nothing. A save that fails is
@@ -145,6 +152,7 @@ class CheckpointWriter:
             # A copy: the training goes on and may append to it before it is written.
             "record": json.loads(json.dumps(record, allow_nan=False)),
             "metrics": {name: value if math.isfinite(value) else None for name, value in metrics.items()},
+            "sound": sound,
         }
         self._last_saved = images_seen
         self._in_flight = self._executor.submit(self._write, fields)
@@ -197,11 +205,16 @@ class CheckpointWriter:
                 self._discard(directory)
             return
         self._failure = None
-        self._values[directory] = fields["metrics"].get(self._best_metric)
+        self._note(directory, fields["metrics"], fields["sound"])
         try:
             self._prune()
         except Exception as error:
             logger.warning("old checkpoints could not be deleted, the next save tries again: %s", error)
+
+    def _note(self, directory: Directory, metrics: Mapping[str, float | None], sound: bool) -> None:
+        self._values[directory] = metrics.get(self._best_metric)
+        if not sound:
+            self._unsound.add(directory)
 
     def _contents(self) -> Iterator[tuple[str, memoryview]]:
         yield from self._host.contents()
@@ -228,7 +241,8 @@ class CheckpointWriter:
     def _prune(self) -> None:
         """Deletes what is not to be kept, and what earlier attempts left unfinished."""
         whole = sorted(self._values, reverse=True)
-        kept = set(whole[: self._keep])
+        # The newest is where a resume goes on; what a rollback goes back to has to be sound.
+        kept = {*whole[:1], *[d for d in whole if d not in self._unsound][: self._keep]}
         # Of equally good ones the newest, as in checkpoint.best.
         kept.update([d for d in whole if self._values[d] == self.best_value][:1])
         for directory in directories(self._run_url):
@@ -244,14 +258,3 @@ class CheckpointWriter:
         # First, so that a deletion that is cut short leaves nothing that looks whole.
         storage.delete(storage.join(directory.url, MANIFEST))
         storage.delete(directory.url, recursive=True)
-
-
-def _values(run_url: str, metric: str) -> dict[Directory, float | None]:
-    """The metric of every checkpoint whose manifest is in order."""
-    values = {}
-    for directory in directories(run_url):
-        try:
-            values[directory] = open_checkpoint(directory.url).metrics.get(metric)
-        except ArtifactError:
-            continue  # `newest` says what is wrong with it.
-    return values

@@ -74,7 +74,7 @@ def roll_back(training: Training, state: TrainState, onset: int) -> int:
 def newest_sound(run_url: str, at_most: int) -> Checkpoint | None:
     """The newest intact checkpoint of at most so many images that was not saved amid an episode."""
     found = newest(run_url, at_most)
-    while found is not None and found.record["condition"]["onset"] is not None:
+    while found is not None and not found.sound:
         found = newest(run_url, found.images_seen - 1)
     return found
 

@@ -231,7 +231,8 @@ def save(training: Training, state: TrainState, scores: Mapping[str, float]) -> 
     if training.checkpoints is not None:
         if state.is_finite():
             record = state.record(training.config, training.data.content_hash)
-            training.checkpoints.save(state.tensors(), record, state.images_seen, scores)
+            sound = state.condition.onset is None
+            training.checkpoints.save(state.tensors(), record, state.images_seen, scores, sound=sound)
         else:
             logger.warning("no checkpoint at %s images: its weights are not finite", f"{state.images_seen:,}")
     training.worker.report({"images_seen": state.images_seen, **scores})

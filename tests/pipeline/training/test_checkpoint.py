@@ -395,6 +395,21 @@ def test_whatever_is_saved_the_newest_loads_and_no_more_is_kept_than_asked(
     assert min(keep, len(bits)) <= len(kept(run)) <= keep + best_ones
 
 
+def test_checkpoints_of_unknown_health_push_out_no_sound_one(run: str) -> None:
+    """However often a run is stopped amid trouble, it can roll back; it goes on from the newest."""
+    write(run, 64, 128, keep=1)
+    for attempt in (2, 3):
+        writer = CheckpointWriter(run, attempt, keep=1)
+        writer.save(tensors(), RECORD, 128 + attempt, {}, sound=False)
+        writer.wait()
+        assert kept(run) == ["000000000128-001", f"{128 + attempt:012d}-{attempt:03d}"]
+    found = newest(run)
+    assert found is not None
+    assert not found.sound
+    write(run, 192, attempt=3, keep=1)
+    assert kept(run) == ["000000000192-003"]
+
+
 def test_a_second_save_of_the_same_state_does_nothing(run: str) -> None:
     writer = write(run, 64)
     manifest = Path(run) / "checkpoints" / "000000000064-001" / "manifest.json"
