@@ -1,14 +1,63 @@
-"""What the notes of a training's launches (training_entry.py) say of it, while it runs and after."""
+"""Notes that a training takes: which images each update learned from, and when it was made.
+
+Each rank of each launch writes a file of its own. Times are of the clock that all processes of a
+machine share, so that whoever kills one from outside can say how long the training stood still.
+"""
 
 import json
+import os
+import time
 from collections import Counter
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
+
 from pipeline.config import RunConfig
 from pipeline.data.index import Index
+from pipeline.data.loader import Batch
+from pipeline.training import train
+from pipeline.training.worker import Worker
 from tests.recorded_batches import planned
+
+
+@contextmanager
+def noted(folder: Path, worker: Worker) -> Iterator[None]:
+    """Note every update of every training in this process. Collective."""
+    # Rank 0's time names the launch, and orders launches.
+    launch = worker.all_reduce(torch.tensor(time.monotonic_ns() if worker.rank == 0 else 0))
+    batches_of = train.training_batches
+
+    def tapped(config: Any, index: Index, **where: Any) -> Generator[Batch, None, None]:
+        batches = batches_of(config, index, **where)
+        first = where["start"]
+        note({"pid": os.getpid(), "world_size": worker.world_size, "start": first})
+        try:
+            for batch in batches:
+                samples = list(zip(batch.positions.tolist(), batch.keys, strict=True))
+                note({"first": first, "samples": samples})
+                yield batch
+                # Asked for the next batch: the update of this one has been made.
+                note({"first": first, "made": time.monotonic()})
+                first += batch.global_size
+        finally:
+            batches.close()
+
+    # Unbuffered: what was noted before a SIGKILL is in the file.
+    with (
+        (folder / f"{int(launch):020d}-{worker.rank:02d}.jsonl").open("wb", buffering=0) as out,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+
+        def note(what: Mapping[str, Any]) -> None:
+            out.write(json.dumps(what).encode() + b"\n")
+
+        patch.setattr(train, "training_batches", tapped)
+        yield
 
 
 @dataclass

@@ -25,11 +25,11 @@ from pipeline.data import shards
 from pipeline.data.index import Index, load_index
 from pipeline.training.checkpoint import newest
 from tests.faults.injection import Row, environment_of_child
-from tests.faults.training_entry import NAME
 from tests.faults.training_notes import History, Notes, history
 from tests.tiny_run import YAML, Home
 
 ROOT = Path(__file__).parents[2]
+PROGRAM = "tests.faults.training_entry"
 MARK = "NVAE_FAULTS_MARK"
 BATCH = 4
 START_SECONDS = 240.0
@@ -170,7 +170,7 @@ class Training:
             words += ["--workers", self.workers]
         with self.output.open("ab") as out:
             self.driver = subprocess.Popen(
-                [sys.executable, "-m", NAME, str(self.folder), "train", *words],
+                [sys.executable, "-m", PROGRAM, str(self.folder), "train", *words],
                 cwd=self.place.folder,
                 env=self.place.environment(**environment),
                 stdin=subprocess.DEVNULL,
