@@ -74,6 +74,8 @@ class Lineage:
     code_version: str
     parent: str | None = None
     """Model whose weights the run began with."""
+    diverged: bool = False
+    """Whether the run ended as diverged; the weights are from before."""
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ manifest that vouches for every file, the data set's content hash, the metrics u
 names. Nothing here asks MLflow, so the rules can be read and tested alone.
 """
 
+import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -63,6 +64,7 @@ def version_tags(manifest: Manifest, weights: str) -> dict[str, str]:
         "data.root": fields["data_root"],
         "code.version": fields["code_version"],
         "parent": fields["parent"] or "",
+        "run.diverged": json.dumps(fields.get("diverged", False)),
         **{name: repr(float(value)) for name, value in metrics.items() if name.startswith(_METRIC_PREFIX)},
     }
 
