@@ -18,7 +18,7 @@ from pipeline.data.verification import check_complete
 from pipeline.models.registry import Registry, load
 from pipeline.run_folder import RunError, RunRecord
 from pipeline.training.checkpoint import checkpoints
-from pipeline.training.delivery import check_tracking_uri
+from pipeline.training.run_description import check_tracking_uri
 
 
 @dataclass(frozen=True)

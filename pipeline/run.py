@@ -10,13 +10,14 @@ repeating the command is always the right thing to do.
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from nvae.model import NVAE
 from pipeline import config_file, run_folder, storage
@@ -24,21 +25,27 @@ from pipeline.config import RunConfig
 from pipeline.data.index import VALIDATION, load_index
 from pipeline.errors import FailedError
 from pipeline.models.evaluation import evaluate
-from pipeline.models.export import Lineage, export
+from pipeline.models.export import Lineage, RegistryError, export
 from pipeline.models.registry import Registry, load
 from pipeline.preparation import Prepared, registered_name
 from pipeline.progress import evaluation_line
-from pipeline.run_folder import Launch, RunError, RunRecord
+from pipeline.run_folder import Launch, RunError, RunRecord, State
 from pipeline.training.checkpoint import Checkpoint, best, newest
 from pipeline.training.checkpoint_writer import CheckpointWriter, claim_attempt
+from pipeline.training.pace import pause_seconds
 from pipeline.training.recovery import DivergedError, agreed
+from pipeline.training.run_description import Status
 from pipeline.training.state import Training
-from pipeline.training.tracking import NullTracker, RunTracker, Tracker, create_run
+from pipeline.training.tracking import NullTracker, RunTracker, Tracker, conclude, create_run
 from pipeline.training.train import train
 from pipeline.training.validation import StoppedError, draw_pictures, validation_batches
 from pipeline.training.worker import Worker
 
 EXPERIMENT = "nvae"
+REGISTRATION_SECONDS = 60.0
+"""How long a run that is trained waits for MLflow to register its model."""
+
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True)
@@ -143,12 +150,19 @@ def running(spec: RunSpec, workers: int) -> Iterator[dict[str, Any]]:
         end["reason"] = str(error) or type(error).__name__
         raise
     finally:
-        result = end.get("result", {})
-        run_id = result.get("mlflow_run_id") or spec.mlflow_run_id
         run_folder.update_record(
-            spec.url, state=end["state"], reason=end["reason"], result=result, mlflow_run_id=run_id
+            spec.url, state=end["state"], reason=end["reason"], result=end.get("result", {})
         )
         run_folder.clear_stop(spec.url)
+        run_id = conclude(spec.url, spec.tracking_uri, mlflow_status(end["state"]))
+        # MLflow may have been away when the run began.
+        if run_id not in ("", spec.mlflow_run_id):
+            run_folder.update_record(spec.url, mlflow_run_id=run_id)
+
+
+def mlflow_status(state: State) -> Status:
+    """What MLflow calls the state of a run that is not running."""
+    return "FINISHED" if state == "finished" else "KILLED" if state == "stopped" else "FAILED"
 
 
 # -- on every worker --------------------------------------------------------------------
@@ -190,18 +204,29 @@ def _work(training: Training, spec: RunSpec, resume: Checkpoint | None) -> dict[
     worker, tracker = training.worker, training.tracker
     if resume is not None:
         worker.say(f"Continuing at {resume.images_seen:,} images from {resume.url}")
-    if resume is None or resume.images_seen < training.config.train.total_images:
-        state, reason = _train(training, spec, resume)
-        if state != "finished":
-            tracker.status("KILLED" if state == "stopped" else "FAILED")
-            return {"state": state, "reason": reason}
+    state, reason = "finished", ""
+    if resume is None or not _is_trained(resume, training.config):
+        state, reason = _train(training, resume)
+    if state == "stopped":
+        tracker.status("KILLED")
+        return {"state": state, "reason": reason}
     try:
-        result = _finish(training, spec)
+        result = _finish(training, spec, state)
     except StoppedError:
         tracker.status("KILLED")
         return {"state": "stopped", "reason": ""}
-    tracker.status("FINISHED")
-    return {"state": "finished", "reason": "", "result": result}
+    except FailedError as error:
+        if state != "diverged":
+            raise
+        # What ended the run is the divergence, and nobody else will say so.
+        result, reason = {}, f"{reason}\nIts last good checkpoint is not registered: {error}"
+    tracker.status("FINISHED" if state == "finished" else "FAILED")
+    return {"state": state, "reason": reason, "result": result}
+
+
+def _is_trained(checkpoint: Checkpoint, config: RunConfig) -> bool:
+    """Whether nothing of the training itself is left to do."""
+    return checkpoint.images_seen >= config.train.total_images and not checkpoint.record["evaluation_due"]
 
 
 def _writers(
@@ -221,7 +246,7 @@ def _initial_model(spec: RunSpec) -> NVAE | None:
     return load(spec.initial_model, spec.tracking_uri).model if spec.initial_model else None
 
 
-def _train(training: Training, spec: RunSpec, resume: Checkpoint | None) -> tuple[str, str]:
+def _train(training: Training, resume: Checkpoint | None) -> tuple[str, str]:
     """Train until the end, a stop request or divergence: (state, reason)."""
     state, reason = "diverged", ""
     try:
@@ -234,10 +259,15 @@ def _train(training: Training, spec: RunSpec, resume: Checkpoint | None) -> tupl
     return state, reason
 
 
-def _finish(training: Training, spec: RunSpec) -> dict[str, Any]:
-    """Evaluate the best checkpoint on the whole validation split, then export and register it."""
+def _finish(training: Training, spec: RunSpec, state: str) -> dict[str, Any]:
+    """Evaluate the best checkpoint on the whole validation split, then export and register it.
+
+    That of a run that diverged as well, if it had one: no checkpoint is of diverged weights.
+    """
     config, worker = training.config, training.worker
     chosen = agreed(partial(best, spec.url), spec.url, worker)
+    if chosen is None and state == "diverged":
+        return {}
     if chosen is None:
         raise RunError(f"{spec.url} has no checkpoint to register; run the same command again.")
     loaded = load(chosen.url, spec.tracking_uri)
@@ -254,21 +284,24 @@ def _finish(training: Training, spec: RunSpec) -> dict[str, Any]:
     if worker.rank != 0:
         return {}
     pictures = draw_pictures(training, loaded.model, at=chosen.images_seen) if scores else []
-    result = _register(training, spec, chosen, loaded.model.cpu(), scores)
+    result = _register(training, spec, chosen, loaded.model.cpu(), scores, state)
     return {**result, "pictures": [storage.join(spec.url, picture) for picture in pictures]}
 
 
 def _register(
-    training: Training, spec: RunSpec, chosen: Checkpoint, model: NVAE, scores: Mapping[str, float]
+    training: Training,
+    spec: RunSpec,
+    chosen: Checkpoint,
+    model: NVAE,
+    scores: Mapping[str, float],
+    state: str,
 ) -> dict[str, Any]:
-    """Export the weights and register them; what the user will want to know of it."""
+    """Export the weights and register them; what the user will want to know of it.
+
+    Raises FailedError if MLflow does not answer in time.
+    """
     name = registered_name(spec.name, training.config)
-    run_id = training.tracker.run_id
-    if not run_id:
-        raise FailedError(
-            f"The run is trained, but not registered: MLflow at {storage.shown(spec.tracking_uri)} never "
-            "answered. Run the same command again when it does."
-        )
+    run_id = _until_mlflow_answers(lambda: _run_id(training.tracker), spec)
     lineage = Lineage(
         run_name=spec.name,
         run_id=run_id,
@@ -276,9 +309,12 @@ def _register(
         data_hash=spec.data_hash,
         code_version=code_version(),
         parent=spec.initial_model,
+        diverged=state == "diverged",
     )
     manifest = export(spec.store, name, model, training.config, lineage, scores)
-    registration = Registry(spec.tracking_uri).register(manifest.url, name)
+    registration = _until_mlflow_answers(
+        lambda: Registry(spec.tracking_uri).register(manifest.url, name), spec
+    )
     return {
         "metrics": dict(scores),
         "images_seen": chosen.images_seen,
@@ -289,3 +325,25 @@ def _register(
         "checkpoint": chosen.url,
         "mlflow_run_id": run_id,
     }
+
+
+def _run_id(tracker: Tracker) -> str:
+    if not tracker.run_id:
+        raise RegistryError("MLflow has not answered since the run was started")
+    return tracker.run_id
+
+
+def _until_mlflow_answers(ask: Callable[[], Answer], spec: RunSpec) -> Answer:
+    """`ask()`, again while it raises RegistryError; a FailedError after a minute of that."""
+    begun, failures = time.monotonic(), 0
+    while True:
+        try:
+            return ask()
+        except RegistryError as error:
+            failures += 1
+            if time.monotonic() - begun > REGISTRATION_SECONDS:
+                raise FailedError(
+                    f"Trained, but not registered: {error}\nRun the same command again when "
+                    f"MLflow at {storage.shown(spec.tracking_uri)} answers."
+                ) from error
+            time.sleep(pause_seconds(failures, overloaded=False))

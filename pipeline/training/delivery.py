@@ -4,159 +4,348 @@ The only file of the training that imports mlflow, and only when it is first nee
 Everything here may raise whatever MLflow raises while its server is away, and everything
 may be called again: a run is found by a key that it carries, a parameter or tag that is
 there is left, a point that was delivered is not sent twice, and one whose delivery is in
-doubt is sent again with the same time, which MLflow stores once.
+doubt is sent again with the same time, which MLflow stores once. A run that was deleted
+there, or that went with its database, is made anew.
 
 Used is MlflowClient alone. The fluent interface keeps the current run in a global, and
 its asynchronous logging drops what fails after its retries.
 """
 
-import json
 import logging
+import math
 import os
-import re
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
 from pipeline import storage
-from pipeline.errors import InputError
 from pipeline.training.journal import Entry
+from pipeline.training.pace import Pace
+from pipeline.training.run_description import RunDescription, Status, redact
+
+Answer = TypeVar("Answer")
 
 KEY_TAG = "nvae.run_key"
 """Tag by which a run is found again, whatever happened while it was made."""
 
-# Of MLflow's own retries few are wanted: its defaults block for minutes, and we try again.
+# Of MLflow's own retries one is wanted, for a connection that went stale: its defaults block
+# for minutes, and sleep as long as a server likes. We try again ourselves.
 _ENVIRONMENT = {
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
+    "MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER": "false",
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
-_SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "file", "databricks")
-
-# MLflow's limits.
-_PARAMETER_LENGTH, _TAG_LENGTH = 6000, 8000
-_METRICS_PER_REQUEST, _PARAMETERS_PER_REQUEST = 1000, 100
-
-_USER_AND_PASSWORD = re.compile(r"(?<=://)[^/@\s]*@")
-_SECRET_IN_QUERY = re.compile(
-    r"([?&][^=&\s]*(?:signature|token|password|secret|credential|key)[^=&\s]*=)[^&\s]+", re.IGNORECASE
-)
+_TIME_LIMIT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
+_MISSING, _REFUSED, _THERE = "RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "RESOURCE_ALREADY_EXISTS"
+_PER_REQUEST = 100
+"""Parameters, or tags; more MLflow does not take at once."""
 
 logger = logging.getLogger(__name__)
 
 
-class TrackingError(InputError):
-    """A tracking server or run that cannot be used as asked."""
+class UnusableAnswerError(RuntimeError):
+    """What answers is not MLflow, or the run or experiment was deleted there."""
 
 
-def redact(text: str) -> str:
-    """`text` without the passwords and signatures of the URLs in it."""
-    return _SECRET_IN_QUERY.sub(r"\1***", _USER_AND_PASSWORD.sub("", text))
+class OutOfTimeError(RuntimeError):
+    """The time that was allowed for deliveries is over."""
 
 
-@dataclass(frozen=True)
-class RunDescription:
-    """What an MLflow run is made from, so that it can be made later; free of secrets."""
+class Delivery:
+    """Brings the entries of a journal into one MLflow run, in order, each point once."""
 
-    key: str
-    """Unique to this run of ours, in all of MLflow."""
-    experiment: str
-    run_name: str
-    parameters: Mapping[str, str]
-    tags: Mapping[str, str]
+    def __init__(
+        self, tracking_uri: str, description: RunDescription, read_file: Callable[[str], bytes]
+    ) -> None:
+        """Touches nothing yet. `read_file` gives the pictures that entries name."""
+        self.run_id = ""
+        """The MLflow run; "" while it is neither found nor made."""
+        self.had_points = False
+        """Whether the run had points when it was found."""
+        self.until = math.inf
+        """When requests are no longer begun, by time.monotonic()."""
+        self.sent = 0
+        """Points and files that MLflow took from here."""
+        self.pace = Pace()
+        self._tracking_uri, self._description, self._read_file = tracking_uri, description, read_file
+        self._client: Any = None
+        # The metrics that were delivered at each number of images seen. Mostly the same few
+        # sets of names, of which one copy each is kept.
+        self._delivered: dict[int, frozenset[str]] = {}
+        self._names: dict[frozenset[str], frozenset[str]] = {}
+        self._refused: set[str] = set()
 
-    def to_json(self) -> bytes:
-        return json.dumps(asdict(self), indent=2).encode()
+    @property
+    def points(self) -> int:
+        """Different (metric, images seen) that MLflow has."""
+        return sum(map(len, self._delivered.values()))
 
-    @classmethod
-    def from_json(cls, data: bytes) -> "RunDescription":
-        return cls(**json.loads(data))
+    # -- the run --------------------------------------------------------------------------
 
+    def connect(self, known: Sequence[str] = ()) -> None:
+        """Finds the run, under one of the ids `known` or by its key, or makes it. Once.
 
-def as_parameter(value: Any) -> str:
-    """A setting as MLflow stores it: text as it is, all else as JSON; cut at MLflow's limit."""
-    text = redact(value if isinstance(value, str) else json.dumps(value))
-    return _cut(text, _PARAMETER_LENGTH)
+        Parameters that it has are left, because MLflow does not let them change.
+        """
+        if self.run_id:
+            return
+        if self._client is None:
+            self._client = _client(self._tracking_uri)
+        with _alone(self._tracking_uri):
+            run = self._known(known) or self._find() or self._make()
+        self._complete(run)
+        self.had_points = bool(run.data.metrics)
+        self._delivered = {}
+        self.run_id = run.info.run_id
 
+    def _known(self, run_ids: Iterable[str]) -> Any:
+        for run_id in filter(None, run_ids):
+            try:
+                run = self._run(run_id)
+            except Exception as error:
+                if _code(error) not in (_MISSING, _REFUSED):
+                    raise
+                continue  # Another server's, or of a database that is gone.
+            if run.info.lifecycle_stage == "active":
+                return run
+        return None
 
-def as_tag(value: str) -> str:
-    return _cut(redact(value), _TAG_LENGTH)
+    def _run(self, run_id: str) -> Any:
+        run = self._ask(lambda: self._client.get_run(run_id))
+        if run.info.run_id != run_id:
+            raise UnusableAnswerError("what answers is not MLflow")
+        return run
 
-
-def _cut(text: str, length: int) -> str:
-    return text if len(text) <= length else text[: length - 1] + "…"
-
-
-def check_tracking_uri(uri: str) -> None:
-    """Raises TrackingError if MLflow cannot know what `uri` means."""
-    scheme = uri.partition(":")[0].partition("+")[0] if ":" in uri else ""
-    if scheme not in _SCHEMES:
-        raise TrackingError(
-            f"{redact(uri)!r} is no address of MLflow: give http(s)://HOST:PORT or sqlite:////PATH/mlflow.db."
+    def _with_key(self) -> list[Any]:
+        """Active runs that carry the key, the oldest first: more than one if an answer was lost."""
+        experiment = self._ask(lambda: self._client.get_experiment_by_name(self._description.experiment))
+        if experiment is None:
+            return []
+        condition = f"tags.`{KEY_TAG}` = '{self._description.key}'"
+        found = self._ask(
+            lambda: self._client.search_runs(
+                [experiment.experiment_id], condition, order_by=["attributes.start_time ASC"]
+            )
         )
+        return [run for run in found if run.data.tags.get(KEY_TAG) == self._description.key]
 
+    def _find(self) -> Any:
+        return max(self._with_key(), key=lambda run: len(run.data.metrics), default=None)
 
-def find_or_make(tracking_uri: str, description: RunDescription, run_id: str = "") -> str:
-    """The id of the run that `description` describes, running, with parameters and tags.
+    def _make(self) -> Any:
+        tags, name, experiment_id = self._tags(), self._description.run_name, self._experiment()
+        run = self._ask(lambda: self._client.create_run(experiment_id, tags=tags, run_name=name))
+        if not run.info.run_id:
+            raise UnusableAnswerError("what answers is not MLflow")
+        return run
 
-    Looks for `run_id` if it is given, else for the description's key; makes the run if there
-    is none. Parameters that it has are left, because MLflow does not let them change.
-    """
-    client = _client(tracking_uri)
-    from mlflow.entities import Param, RunTag
+    def _tags(self) -> dict[str, str]:
+        return {**self._description.tags, KEY_TAG: self._description.key}
 
-    with _alone(tracking_uri):
-        run_id = run_id or _find(client, description) or _make(client, tracking_uri, description)
-    run = client.get_run(run_id)
-    new = [Param(k, v) for k, v in description.parameters.items() if k not in run.data.params]
-    for first in range(0, len(new), _PARAMETERS_PER_REQUEST):
-        client.log_batch(run_id, params=new[first : first + _PARAMETERS_PER_REQUEST])
-    tags = [RunTag(k, v) for k, v in description.tags.items() if run.data.tags.get(k) != v]
-    for first in range(0, len(tags), _PARAMETERS_PER_REQUEST):
-        client.log_batch(run_id, tags=tags[first : first + _PARAMETERS_PER_REQUEST])
-    if run.info.status != "RUNNING":
-        client.update_run(run_id, status="RUNNING")
-    return run_id
-
-
-def _find(client: Any, description: RunDescription) -> str:
-    experiment = client.get_experiment_by_name(description.experiment)
-    if experiment is None:
-        return ""
-    found = client.search_runs(
-        [experiment.experiment_id], f"tags.`{KEY_TAG}` = '{description.key}'", max_results=1
-    )
-    return found[0].info.run_id if found else ""
-
-
-def _make(client: Any, tracking_uri: str, description: RunDescription) -> str:
-    tags = {**description.tags, KEY_TAG: description.key}
-    experiment_id = _experiment(client, tracking_uri, description.experiment)
-    run_id: str = client.create_run(experiment_id, tags=tags, run_name=description.run_name).info.run_id
-    return run_id
-
-
-def _experiment(client: Any, tracking_uri: str, name: str) -> str:
-    """The experiment's id; one that is made on SQLite has its artifacts beside the database."""
-    from mlflow.exceptions import MlflowException
-
-    experiment = client.get_experiment_by_name(name)
-    if experiment is None:
-        database = _database(tracking_uri)
+    def _experiment(self) -> str:
+        """The experiment's id; one that is made on SQLite has its artifacts beside the database."""
+        name, database = self._description.experiment, _database(self._tracking_uri)
         root = None if database is None else (database.parent / "mlartifacts").as_uri()
+        experiment = self._ask(lambda: self._client.get_experiment_by_name(name))
+        if experiment is None:
+            try:
+                return str(self._ask(lambda: self._client.create_experiment(name, artifact_location=root)))
+            except Exception as error:
+                if _code(error) != _THERE:
+                    raise
+                # Somebody else was faster.
+                experiment = self._ask(lambda: self._client.get_experiment_by_name(name))
+        if experiment is None or experiment.lifecycle_stage != "active":
+            raise UnusableAnswerError(f"the experiment {name!r} was deleted; restore it or purge it")
+        return str(experiment.experiment_id)
+
+    def _complete(self, run: Any) -> None:
+        """Adds the parameters and tags that the run lacks."""
+        from mlflow.entities import Param, RunTag
+
+        run_id, has = run.info.run_id, run.data
+        new = [Param(k, v) for k, v in self._description.parameters.items() if k not in has.params]
+        for part in _parts(new, _PER_REQUEST):
+            self._accepted(
+                lambda part=part: self._client.log_batch(run_id, params=part),  # type: ignore[misc]
+                "parameters",
+            )
+        tags = [RunTag(k, v) for k, v in self._tags().items() if has.tags.get(k) != v]
+        for part in _parts(tags, _PER_REQUEST):
+            self._accepted(
+                lambda part=part: self._client.log_batch(run_id, tags=part),  # type: ignore[misc]
+                "tags",
+            )
+
+    def set_status(self, status: Status) -> None:
+        """Makes the run say how it is, if it says something else."""
+        if self._run(self.run_id).info.status == status:
+            return
+        if status == "RUNNING":
+            self._ask(lambda: self._client.update_run(self.run_id, status=status))
+        else:
+            self._ask(lambda: self._client.set_terminated(self.run_id, status))
+
+    def delete_strays(self) -> None:
+        """Deletes empty runs of the same key: MLflow made them, but its answer was lost."""
+        for run in self._with_key():
+            if run.info.run_id != self.run_id and not run.data.metrics:
+                self._ask(lambda run=run: self._client.delete_run(run.info.run_id))  # type: ignore[misc]
+
+    # -- entries --------------------------------------------------------------------------
+
+    def skip(self, entries: Iterable[Entry]) -> None:
+        """Takes note of entries that were delivered before."""
+        for entry in entries:
+            if entry.kind == "metrics":
+                self._mark(entry.body["at"], entry.body["values"])
+
+    def ask(self) -> None:
+        """Asks MLflow which points it has, and believes nothing else any more."""
+        found: dict[int, set[str]] = {}
+        for name in self._run(self.run_id).data.metrics:
+            history = self._ask(lambda name=name: self._client.get_metric_history(self.run_id, name))  # type: ignore[misc]
+            if not history:
+                raise UnusableAnswerError("what answers is not MLflow")
+            for metric in history:
+                found.setdefault(metric.step, set()).add(name)
+        self._delivered = {}
+        for at, names in found.items():
+            self._mark(at, names)
+
+    def send(self, entries: Iterable[Entry]) -> None:
+        """Delivers points, tags and status. If it raises, call it again with the same entries.
+
+        A point whose (metric, images seen) was delivered is dropped: it was computed again
+        after a crash. What MLflow refuses for good is a warning, once for each name.
+        """
+        from mlflow.entities import Metric
+
+        batch: dict[tuple[int, str], Any] = {}
+        for entry in entries:
+            if entry.kind == "metrics":
+                at = entry.body["at"]
+                known = self._refused.union(self._delivered.get(at, ()))
+                for name in entry.body["values"].keys() - known:
+                    batch.setdefault((at, name), Metric(name, entry.body["values"][name], entry.time, at))
+            if entry.kind != "metrics" or len(batch) >= self.pace.points:
+                self._send_points(batch)
+                batch = {}
+            self._send_other(entry)
+        self._send_points(batch)
+
+    def _send_points(self, batch: Mapping[tuple[int, str], Any]) -> None:
+        for part in _parts(list(batch.items()), self.pace.points):
+            if not self._accepted(lambda part=part: self._log(part), None):  # type: ignore[misc]
+                for name in sorted({name for (_, name), _ in part}):
+                    own = [item for item in part if item[0][1] == name]
+                    self._accepted(lambda own=own: self._log(own), name)  # type: ignore[misc]
+            for (at, name), _ in part:
+                self._mark(at, (name,))
+            self.sent += len(part)
+
+    def _log(self, points: Sequence[tuple[tuple[int, str], Any]]) -> None:
+        self._client.log_batch(self.run_id, metrics=[metric for _, metric in points])
+
+    def _send_other(self, entry: Entry) -> None:
+        body = entry.body
+        if entry.kind == "tag":
+            key, value = body["key"], body["value"]
+            self._accepted(lambda: self._client.set_tag(self.run_id, key, value), key)
+        elif entry.kind == "status":
+            self._accepted(
+                lambda: self._client.set_terminated(self.run_id, body["value"], entry.time), "status"
+            )
+
+    def send_file(self, path: str, folder: str) -> None:
+        """Delivers a picture or file, which may be called again; one that is gone is a warning."""
         try:
-            return str(client.create_experiment(name, artifact_location=root))
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            data = self._read_file(path)
+        except (storage.MissingError, FileNotFoundError):
+            logger.warning("%s is gone and cannot be sent to MLflow", path)
+            return
+        with tempfile.TemporaryDirectory(prefix="nvae-artifact-") as temporary:
+            local = Path(temporary) / PurePosixPath(path).name
+            local.write_bytes(data)
+            self._accepted(lambda: self._client.log_artifact(self.run_id, str(local), folder or None), path)
+        self.sent += 1
+
+    def _mark(self, at: int, names: Iterable[str]) -> None:
+        known = self._delivered.get(at, frozenset()).union(names)
+        self._delivered[at] = self._names.setdefault(known, known)
+
+    # -- requests -------------------------------------------------------------------------
+
+    def _accepted(self, request: Callable[[], object], name: str | None) -> bool:
+        """Whether MLflow took a request; False if it never will. Raises if it may later."""
+        try:
+            self._ask(request)
+        except Exception as error:
+            code = _code(error)
+            if self.run_id and code in (_MISSING, _REFUSED) and self._is_gone():
+                self.run_id = ""
+                raise UnusableAnswerError("the MLflow run was deleted; another one is made") from error
+            if code != _REFUSED:
                 raise
-            experiment = client.get_experiment_by_name(name)  # Somebody else was faster.
-    if experiment.lifecycle_stage != "active":
-        raise TrackingError(f"the MLflow experiment {name!r} was deleted; restore it or delete it for good.")
-    return str(experiment.experiment_id)
+            if name is not None and name not in self._refused:
+                self._refused.add(name)
+                logger.warning("MLflow refuses %s, it stays in the journal: %s", name, redact(str(error)))
+            return False
+        return True
+
+    def _is_gone(self) -> bool:
+        return self._known([self.run_id]) is None
+
+    def _ask(self, request: Callable[[], Answer]) -> Answer:
+        """The answer to a request, within the time that the server's pace allows."""
+        left = self.until - time.monotonic()
+        if left <= 0:
+            raise OutOfTimeError("the time that was allowed is over")
+        # MLflow reads its time limit here for each request; there is no other way to give it one.
+        os.environ[_TIME_LIMIT] = str(math.ceil(min(self.pace.limit_seconds, left)))
+        began = time.monotonic()
+        try:
+            answer = request()
+        except Exception as error:
+            if _code(error) in (_MISSING, _REFUSED, _THERE):
+                self.pace.answered(time.monotonic() - began)
+            elif any(isinstance(cause, TimeoutError) for cause in _causes(error)):
+                self.pace.too_slow()
+            raise
+        self.pace.answered(time.monotonic() - began)
+        return answer
+
+
+def is_overload(error: Exception) -> bool:
+    """Whether a server asked to be left alone for a while (status 429)."""
+    return any("too many 429" in str(cause) for cause in _causes(error))
+
+
+def in_short(error: Exception) -> str:
+    """What is at the bottom of an error, in one line without secrets; MLflow's own go on for pages."""
+    *_, root = _causes(error)
+    return redact(f"{type(root).__name__}: {' '.join(str(root).split())}")[:250]
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__ or cause.__context__
+
+
+def _code(error: Exception) -> str:
+    """MLflow's name for what is wrong; "" if it was not MLflow that said so."""
+    return str(getattr(error, "error_code", ""))
+
+
+def _parts(items: Sequence[Any], length: int) -> Iterator[Sequence[Any]]:
+    for first in range(0, len(items), length):
+        yield items[first : first + length]
 
 
 def _client(tracking_uri: str) -> Any:
@@ -192,123 +381,3 @@ def _alone(tracking_uri: str) -> Iterator[None]:
     with database.with_name(database.name + ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-class Delivery:
-    """Brings the entries of a journal into one MLflow run, in order, each point once."""
-
-    def __init__(
-        self,
-        tracking_uri: str,
-        description: RunDescription,
-        run_id: str,
-        read_file: Callable[[str], bytes],
-    ) -> None:
-        """Touches nothing yet. `read_file` gives the pictures that entries name."""
-        self.run_id = run_id
-        self._tracking_uri, self._description, self._read_file = tracking_uri, description, read_file
-        self._client: Any = None
-        # The metrics that were delivered at each number of images seen. Mostly the same few
-        # sets of names, of which one copy each is kept.
-        self._delivered: dict[int, frozenset[str]] = {}
-        self._names: dict[frozenset[str], frozenset[str]] = {}
-        self._refused: set[str] = set()
-
-    @property
-    def points(self) -> int:
-        """Different (metric, images seen) that were delivered."""
-        return sum(map(len, self._delivered.values()))
-
-    def connect(self) -> None:
-        """Finds or makes the run, once."""
-        if self._client is None:
-            self.run_id = find_or_make(self._tracking_uri, self._description, self.run_id)
-            self._client = _client(self._tracking_uri)
-
-    def skip(self, entries: Iterable[Entry]) -> None:
-        """Takes note of entries that were delivered before."""
-        for entry in entries:
-            if entry.kind == "metrics":
-                self._mark(entry.body["at"], entry.body["values"])
-
-    def send(self, entries: Iterable[Entry]) -> None:
-        """Delivers entries. If it raises, call it again with the same ones.
-
-        A point whose (metric, images seen) was delivered is dropped: it was computed again
-        after a crash. What MLflow refuses for good is a warning, once for each name.
-        """
-        self.connect()
-        from mlflow.entities import Metric
-
-        batch: dict[tuple[int, str], Any] = {}
-        for entry in entries:
-            if entry.kind != "metrics":
-                self._send_points(batch)
-                batch = {}
-                self._send_other(entry)
-                continue
-            at = entry.body["at"]
-            for name, value in entry.body["values"].items():
-                if name not in self._delivered.get(at, ()):
-                    batch.setdefault((at, name), Metric(name, value, entry.time, at))
-            if len(batch) >= _METRICS_PER_REQUEST:
-                self._send_points(batch)
-                batch = {}
-        self._send_points(batch)
-
-    def _send_points(self, batch: Mapping[tuple[int, str], Any]) -> None:
-        points = list(batch.items())
-        for first in range(0, len(points), _METRICS_PER_REQUEST):
-            part = points[first : first + _METRICS_PER_REQUEST]
-            if not self._accepted(lambda part=part: self._log([m for _, m in part]), None):  # type: ignore[misc]
-                for (_, name), metric in part:
-                    self._accepted(lambda metric=metric: self._log([metric]), name)  # type: ignore[misc]
-            for (at, name), _ in part:
-                self._mark(at, (name,))
-
-    def _log(self, metrics: list[Any]) -> None:
-        self._client.log_batch(self.run_id, metrics=metrics)
-
-    def _send_other(self, entry: Entry) -> None:
-        body = entry.body
-        match entry.kind:
-            case "artifact":
-                self._accepted(lambda: self._send_file(body["path"], body["folder"]), body["path"])
-            case "tag":
-                self._accepted(
-                    lambda: self._client.set_tag(self.run_id, body["key"], body["value"]), body["key"]
-                )
-            case "status":
-                self._accepted(
-                    lambda: self._client.set_terminated(self.run_id, body["value"], entry.time), "status"
-                )
-
-    def _send_file(self, path: str, folder: str) -> None:
-        try:
-            data = self._read_file(path)
-        except (storage.MissingError, FileNotFoundError):
-            logger.warning("%s is gone and cannot be sent to MLflow", path)
-            return
-        with tempfile.TemporaryDirectory(prefix="nvae-artifact-") as temporary:
-            local = Path(temporary) / PurePosixPath(path).name
-            local.write_bytes(data)
-            self._client.log_artifact(self.run_id, str(local), folder or None)
-
-    def _accepted(self, request: Callable[[], object], name: str | None) -> bool:
-        """Whether MLflow took a request; False if it never will. Raises if it may later."""
-        from mlflow.exceptions import MlflowException
-
-        try:
-            request()
-        except MlflowException as error:
-            if error.error_code != "INVALID_PARAMETER_VALUE":
-                raise
-            if name is not None and name not in self._refused:
-                self._refused.add(name)
-                logger.warning("MLflow refuses %s, it stays in the journal: %s", name, redact(str(error)))
-            return False
-        return True
-
-    def _mark(self, at: int, names: Iterable[str]) -> None:
-        known = self._delivered.get(at, frozenset()).union(names)
-        self._delivered[at] = self._names.setdefault(known, known)

@@ -1,48 +1,53 @@
 """The curves of a run: noted in its journal at once, brought to MLflow when it can be reached.
 
 Training never waits for a tracking server and never fails for one. Each call appends a line
-to the journal (journal.py); one daemon thread delivers what is durable (delivery.py), with
-growing pauses while the server is away, and remembers how far it came beside the journal.
-A later launch delivers what an earlier one could not, on whatever machine, and points that
-it computes again are dropped.
+to the journal (journal.py); one daemon thread delivers what is durable (courier.py, to MLflow
+by delivery.py), with growing pauses while the server is away and growing time limits while
+it is slow, and remembers how far it came beside the journal. A later launch, or `replay`,
+delivers what an earlier one could not, on whatever machine, and points that it computes
+again are dropped.
 
-RUN/journal/mlflow.json      what the MLflow run is made from, should it not exist yet
-RUN/journal/delivered.json   how many bytes of each segment the server has
-
-Only rank 0 tracks; the other ranks have a NullTracker.
+Only rank 0 tracks; the other ranks have a NullTracker. How a run ended is told by the
+driver, too (`conclude`): rank 0 may have had no time to.
 """
 
-import json
 import logging
-import threading
 import time
-import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Protocol, Self
 
 from pipeline import storage, store
-from pipeline.training.delivery import (
-    Delivery,
+from pipeline.errors import FailedError
+from pipeline.training.courier import BackgroundCourier, Courier, Left, left, read_delivered
+from pipeline.training.delivery import Delivery, in_short, is_overload
+from pipeline.training.journal import Journal, StoredJournal, json_number
+from pipeline.training.pace import pause_seconds
+from pipeline.training.run_description import (
     RunDescription,
+    Status,
     TrackingError,
-    as_parameter,
     as_tag,
     check_tracking_uri,
-    find_or_make,
+    describe,
+    read_description,
     redact,
 )
-from pipeline.training.journal import Journal, StoredJournal, complete, decode, json_number
 
-Status = Literal["FINISHED", "FAILED", "KILLED"]
-"""How a run ended, in MLflow's words; KILLED is one that was stopped and may be continued."""
-
-POLL_SECONDS = 1.0
-FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.5, 30.0
-REMEMBER_SECONDS = 5.0
-"""How often the state of delivery is written; what is delivered twice for want of it is stored once."""
+START_SECONDS = 15.0
+"""How long the driver waits for MLflow before it leaves everything to the tracker."""
+CLOSE_SECONDS = 20.0
+"""How long the end of a launch is delayed by deliveries."""
+CONCLUDE_SECONDS = 10.0
+REPLAY_FAILURES = 6
+"""After so many in a row a replay gives up: a quarter of a minute, for a server that is not there."""
 
 logger = logging.getLogger(__name__)
+
+
+class DeliveryError(FailedError):
+    """MLflow did not take a journal."""
 
 
 class Tracker(Protocol):
@@ -120,54 +125,118 @@ def create_run(
     Raises TrackingError if the address is none, StoreError if the store refuses.
     """
     check_tracking_uri(tracking_uri)
-    known = _read_description(run_url)
-    description = RunDescription(
-        key=known.key if known else uuid.uuid4().hex,
-        experiment=experiment,
-        run_name=run_name,
-        parameters={name: as_parameter(value) for name, value in parameters.items()},
-        tags={name: as_tag(value) for name, value in tags.items()},
-    )
-    storage.write_bytes(storage.join(run_url, "journal", "mlflow.json"), description.to_json())
+    describe(run_url, experiment, run_name, parameters, tags)
+    courier = _courier(StoredJournal(run_url), tracking_uri)
+    courier.delivery.until = time.monotonic() + START_SECONDS
     try:
-        return find_or_make(tracking_uri, description)
-    except TrackingError:
-        raise
+        courier.connect()
+        courier.delivery.set_status("RUNNING")
     except Exception as error:
         logger.warning(
             "MLflow at %s cannot be used now (%s). Training goes on; the curves are in %s and are "
             "delivered as soon as MLflow answers.",
             redact(tracking_uri),
-            _in_short(error),
+            in_short(error),
             storage.join(run_url, "journal"),
         )
         return ""
+    return courier.delivery.run_id
 
 
-def replay(run_url: str, tracking_uri: str) -> int:
+def _courier(journal: StoredJournal, tracking_uri: str, run_id: str = "") -> Courier:
+    description = _described(journal.run_url)
+    return Courier(journal, Delivery(tracking_uri, description, journal.read_file), tracking_uri, run_id)
+
+
+def _described(run_url: str) -> RunDescription:
+    description = read_description(run_url)
+    if description is None:
+        raise TrackingError(f"{run_url} has no whole journal/mlflow.json; is it the folder of a run?")
+    return description
+
+
+def conclude(run_url: str, tracking_uri: str, status: Status) -> str:
+    """Tells MLflow how a run ended, and what its journal still has. Never raises, never waits long.
+
+    For the driver, when no worker is left: rank 0 may have been killed before it could.
+    Returns the id of the MLflow run, or "" while MLflow cannot be reached.
+    """
+    try:
+        courier = _courier(StoredJournal(run_url), tracking_uri)
+        courier.delivery.until = time.monotonic() + CONCLUDE_SECONDS
+        courier.deliver()
+        courier.delivery.set_status(status)
+        courier.remember()
+    except Exception as error:
+        logger.warning(
+            "MLflow at %s does not know yet how %s ended (%s); `nvae track replay %s` tells it",
+            redact(tracking_uri),
+            run_url,
+            in_short(error),
+            run_url.rpartition("/")[2],
+        )
+        return ""
+    return courier.delivery.run_id
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """What became of a replay."""
+
+    run_id: str
+    points: int
+    """Different (metric, images seen) that MLflow has now."""
+
+
+def replay(
+    run_url: str,
+    tracking_uri: str,
+    status: Status,
+    say: Callable[[str], None] = lambda line: None,
+) -> Replayed:
     """Delivers the whole journal of a run; what is there already is not stored again.
 
-    Also to a server that has never heard of the run. Returns the number of points. Raises
-    TrackingError if there is nothing to deliver or MLflow does not take it.
+    Also to a server that has never heard of the run, and beside a launch that delivers it.
+    The run is left with `status`. `say` is told how it goes.
+
+    Raises TrackingError if the address is none or there is nothing to deliver, DeliveryError
+    if MLflow does not take it, StoreError if the journal cannot be read.
     """
     check_tracking_uri(tracking_uri)
-    description = _read_description(run_url)
-    if description is None:
-        raise TrackingError(f"{run_url} has no journal with an mlflow.json; is it the folder of a run?")
     journal = StoredJournal(run_url)
-    delivery = Delivery(tracking_uri, description, "", journal.read_file)
+    courier = _courier(journal, tracking_uri)
+    failures = 0
+    while True:
+        sent = courier.delivery.sent
+        try:
+            courier.deliver(lambda segments: say(f"{segments:,} segments of the journal to go"))
+            if missing := courier.check():
+                say(f"{missing:,} points were missing there")
+            courier.delivery.set_status(status)
+            break
+        except storage.StoreError:
+            raise
+        except Exception as error:
+            failures = 1 if courier.delivery.sent > sent else failures + 1
+            if failures == REPLAY_FAILURES:
+                raise DeliveryError(
+                    f"MLflow at {redact(tracking_uri)} does not take the journal of {run_url}: "
+                    f"{in_short(error)}. It lacks {left(journal, courier.delivered)}. Repeat this when it "
+                    "answers; nothing is stored twice."
+                ) from None  # MLflow's own errors quote the address, with a password in it.
+            pause = pause_seconds(failures, is_overload(error))
+            say(f"MLflow does not answer as it should ({in_short(error)}); trying again in {pause:.0f} s")
+            time.sleep(pause)
     try:
-        delivery.connect()
-        for segment in journal.segments():
-            delivery.send(decode(journal.read(segment)))
-    except (storage.StoreError, TrackingError):
-        raise
-    except Exception as error:
-        raise TrackingError(
-            f"MLflow at {redact(tracking_uri)} did not take the journal of {run_url}: {_in_short(error)}. "
-            "Repeat this when it answers; nothing is stored twice."
-        ) from error
-    return delivery.points
+        courier.remember()
+    except storage.StoreError as error:
+        logger.warning("what was delivered cannot be noted, a repetition looks at it again: %s", error)
+    return Replayed(courier.delivery.run_id, courier.delivery.points)
+
+
+def undelivered(run_url: str, tracking_uri: str) -> Left:
+    """What an MLflow lacks of a run's journal, by what is noted there. Raises StoreError."""
+    return left(StoredJournal(run_url), read_delivered(run_url, tracking_uri))
 
 
 class RunTracker:
@@ -179,18 +248,17 @@ class RunTracker:
         Raises StoreError if the run's folder cannot be read, TrackingError if nothing says
         what the MLflow run is.
         """
-        description = _read_description(run_url)
-        if description is None:
-            raise TrackingError(f"{run_url}/journal/mlflow.json is missing; create_run writes it.")
+        _described(run_url)  # Before anything is begun.
         self._journal = Journal(run_url, attempt)
-        delivery = Delivery(tracking_uri, description, run_id, self._journal.read_file)
-        self._courier = _Courier(self._journal, delivery, tracking_uri)
+        self._tracking_uri = tracking_uri
+        self._courier = _courier(self._journal, tracking_uri, run_id)
+        self._thread = BackgroundCourier(self._courier, tracking_uri)
         self._delivered: bool | None = None
-        self._courier.start()
+        self._thread.start()
 
     @property
     def run_id(self) -> str:
-        return self._courier.run_id
+        return self._courier.delivery.run_id
 
     def __enter__(self) -> Self:
         return self
@@ -224,7 +292,7 @@ class RunTracker:
     def sync(self) -> bool:
         return self._journal.sync()
 
-    def close(self, timeout_seconds: float = 30.0) -> bool:
+    def close(self, timeout_seconds: float = CLOSE_SECONDS) -> bool:
         """Makes the journal durable and delivers what is left, for at most that long.
 
         Returns whether MLflow has everything. What it has not is in the journal. A second
@@ -234,146 +302,23 @@ class RunTracker:
             return self._delivered
         # Only durable lines are delivered: without the copy some would be missing.
         durable = self._journal.sync()
-        self._delivered = self._courier.finish(timeout_seconds) and durable
+        self._delivered = self._thread.finish(timeout_seconds) and durable
         self._journal.close()
         if not self._delivered:
-            logger.warning(
-                "MLflow does not have the whole curves of %s; they are in its journal, and are delivered "
-                "when the run goes on or is replayed.",
-                self._journal.run_url,
-            )
+            self._say_what_is_left()
         return self._delivered
 
-
-class _Courier(threading.Thread):
-    """Delivers what the journal holds, from what earlier attempts left to the last own line."""
-
-    def __init__(self, journal: Journal, delivery: Delivery, tracking_uri: str) -> None:
-        super().__init__(name="tracking", daemon=True)
-        self._journal, self._delivery, self._tracking_uri = journal, delivery, redact(tracking_uri)
-        self._wake = threading.Event()
-        self._deadline: float | None = None
-        self._backlog: list[str] | None = None
-        """Segments of earlier attempts that have still to be looked at; None: not yet listed."""
-        self._positions: dict[str, int] = {}
-        """Bytes of each segment that MLflow has."""
-        self._remembered: dict[str, int] = {}
-        self._remembered_at = 0.0
-        self._all_delivered = False
-
-    @property
-    def run_id(self) -> str:
-        return self._delivery.run_id
-
-    def finish(self, timeout_seconds: float) -> bool:
-        """Waits until everything is delivered, at most that long; whether it is."""
-        self._deadline = time.monotonic() + timeout_seconds
-        self._wake.set()
-        self.join(timeout_seconds)
-        return self._all_delivered
-
-    def run(self) -> None:
-        pause, troubled = FIRST_PAUSE_SECONDS, False
-        while True:
-            try:
-                closing = self._deadline is not None
-                self._deliver()
-                if closing:
-                    self._remember()
-                    self._all_delivered = True
-                    return
-                if time.monotonic() - self._remembered_at > REMEMBER_SECONDS:
-                    self._remember()
-                if troubled:
-                    logger.warning("MLflow answers again; the curves are delivered")
-                wait, pause, troubled = POLL_SECONDS, FIRST_PAUSE_SECONDS, False
-            except Exception as error:
-                # Whatever a server away, a proxy or a full database raises: the journal has it all.
-                if not troubled:
-                    troubled = True
-                    logger.warning(
-                        "MLflow at %s does not take the curves (%s); the journal keeps them, and delivery "
-                        "is tried again until it succeeds",
-                        self._tracking_uri,
-                        _in_short(error),
-                    )
-                wait, pause = pause, min(2 * pause, LONGEST_PAUSE_SECONDS)
-            if self._deadline is not None:
-                if time.monotonic() > self._deadline:
-                    return
-                wait = min(wait, 1.0)
-                time.sleep(wait)
-            else:
-                self._wake.wait(wait)
-
-    def _deliver(self) -> None:
-        self._delivery.connect()
-        if self._backlog is None:
-            segments = self._journal.segments()
-            own = self._journal.own_segments()
-            self._positions = self._recall()
-            self._backlog = [name for name in segments if name not in own]
-        while self._backlog:
-            self._deliver_segment(self._backlog[0], own=False)
-            self._backlog.pop(0)
-        for segment, length in self._journal.own_segments().items():
-            if self._positions.get(segment, 0) < length:
-                self._deliver_segment(segment, own=True)
-
-    def _deliver_segment(self, segment: str, own: bool) -> None:
-        data = self._journal.read(segment)
-        start, end = self._positions.get(segment, 0), complete(data)
-        entries = list(decode(data[start:end]))
-        if not own:
-            self._delivery.skip(decode(data[:start]))
-            # That an earlier launch ended says nothing about the run any more.
-            entries = [entry for entry in entries if entry.kind != "status"]
-        self._delivery.send(entries)
-        self._positions[segment] = end
-
-    def _state_url(self) -> str:
-        return storage.join(self._journal.run_url, "journal", "delivered.json")
-
-    def _recall(self) -> dict[str, int]:
-        """How far an earlier attempt came with this very MLflow run."""
-        if not storage.exists(self._state_url()):
-            return {}
+    def _say_what_is_left(self) -> None:
+        run_url = self._journal.run_url
         try:
-            state = json.loads(storage.read_bytes(self._state_url()))
-            known = (state["tracking_uri"], state["run_id"]) == (self._tracking_uri, self._delivery.run_id)
-            return {str(name): int(length) for name, length in state["segments"].items()} if known else {}
-        except (ValueError, KeyError, TypeError, AttributeError):
-            logger.warning("%s is damaged; the journal is delivered from its beginning", self._state_url())
-            return {}
-
-    def _remember(self) -> None:
-        if self._positions == self._remembered:
-            return
-        state = {
-            "tracking_uri": self._tracking_uri,
-            "run_id": self._delivery.run_id,
-            "segments": self._positions,
-        }
-        storage.write_bytes(self._state_url(), json.dumps(state).encode())
-        self._remembered, self._remembered_at = dict(self._positions), time.monotonic()
-
-
-def _read_description(run_url: str) -> RunDescription | None:
-    url = storage.join(run_url, "journal", "mlflow.json")
-    try:
-        return RunDescription.from_json(storage.read_bytes(url))
-    except storage.MissingError:
-        return None
-    except (ValueError, TypeError) as error:
-        raise TrackingError(
-            f"{url} is damaged ({error}); restore it, or delete it to begin a new MLflow run."
-        ) from error
-
-
-def _in_short(error: Exception) -> str:
-    """What is at the bottom of an error, in one line without secrets; MLflow's own go on for pages."""
-    root: BaseException = error
-    while root.__cause__ or root.__context__:
-        root = root.__cause__ or root.__context__ or root
-    text = " ".join(str(root).split())
-    return redact(f"{type(root).__name__}: {text[:200]}")
+            lacking = f"lacks {undelivered(run_url, self._tracking_uri)}"
+        except storage.StoreError as error:
+            lacking = f"does not have the whole curves ({error})"
+        logger.warning(
+            "MLflow at %s %s of %s. They are in its journal: the next launch delivers them, and so does "
+            "`nvae track replay %s`.",
+            redact(self._tracking_uri),
+            lacking,
+            run_url,
+            run_url.rpartition("/")[2],
+        )

@@ -2,30 +2,33 @@ import logging
 import math
 import os
 import signal
-import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+from mlflow import MlflowClient
 
 from pipeline import storage
-from pipeline.training import delivery
-from pipeline.training.delivery import TrackingError, redact
+from pipeline.training import courier, delivery
 from pipeline.training.journal import Journal
+from pipeline.training.run_description import TrackingError, redact
 from pipeline.training.tracking import (
+    DeliveryError,
     NullTracker,
     RunTracker,
     Tracker,
+    conclude,
     create_run,
     default_tracking_uri,
     replay,
+    undelivered,
 )
+from tests.fault_proxy import Fail, FaultProxy, Reset
+from tests.mlflow_server import serving
 
 PNG = b"\x89PNG not really"
 
@@ -52,9 +55,7 @@ def create(tracking_uri: str, run: str, **changes: Any) -> str:
     return create_run(tracking_uri, **(arguments | changes))
 
 
-def client(tracking_uri: str) -> Any:
-    from mlflow import MlflowClient
-
+def client(tracking_uri: str) -> MlflowClient:
     return MlflowClient(tracking_uri=tracking_uri)
 
 
@@ -144,6 +145,7 @@ def test_an_address_that_mlflow_cannot_have_is_the_users_mistake(uri: str, run: 
     ("text", "expected"),
     [
         ("https://user:pa55word@host/x", "https://host/x"),
+        ("https://user:p@ss@host/x", "https://host/x"),
         ("no https://tok3n@host and s3://a:b@c/d", "no https://host and s3://c/d"),
         ("https://h/x?X-Amz-Signature=abc&y=1", "https://h/x?X-Amz-Signature=***&y=1"),
         ("https://h/x?y=1&AWSAccessKeyId=abc", "https://h/x?y=1&AWSAccessKeyId=***"),
@@ -200,9 +202,11 @@ def test_delivering_everything_again_stores_nothing_twice(sqlite: str, run: str)
             tracker.log(
                 {"train/loss": math.nan if at == 7 else 1.0 / (at + 1), "train/nelbo_nats": 1.0}, at=at
             )
-    storage.delete(storage.join(run, "journal", "delivered.json"))
+    for state in Path(run, "journal").glob("delivered-*"):
+        state.unlink()
     RunTracker(run, 2, sqlite, run_id).close()
-    assert replay(run, sqlite) == 1200
+    for _ in range(2):
+        assert replay(run, sqlite, "RUNNING").points == 1200
     assert len(points(sqlite, run_id, "train/loss")) == 600
     assert len(points(sqlite, run_id, "train/nelbo_nats")) == 600
 
@@ -268,32 +272,179 @@ def test_after_a_kill_the_next_launch_delivers_what_the_killed_one_noted(sqlite:
     assert artifacts(sqlite, run_id, "pictures") == {"pictures/samples-000000000400.png"}
 
 
-def test_a_journal_can_be_replayed_to_a_server_that_never_heard_of_the_run(
-    sqlite: str, run: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+NOWHERE = "http://user:hunter2@127.0.0.1:9"
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that refuses connections is given up at once."""
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    nowhere = "http://127.0.0.1:9"
+    monkeypatch.setattr("pipeline.training.tracking.REPLAY_FAILURES", 2)
+
+
+def test_a_journal_can_be_replayed_to_a_server_that_never_heard_of_the_run(
+    sqlite: str, run: str, hasty: None, caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level(logging.WARNING):
-        assert create(nowhere, run) == ""
-        with RunTracker(run, 1, nowhere) as tracker:
+        assert create(NOWHERE, run) == ""
+        with RunTracker(run, 1, NOWHERE) as tracker:
             tracker.log({"train/loss": 1.0}, at=100)
             tracker.picture("samples", PNG, at=100)
-            tracker.status("FINISHED")
+            tracker.tag("ray.job", "first")
+            tracker.status("FAILED")
             tracker.close(timeout_seconds=0)
     assert "Training goes on" in caplog.text
-    with pytest.raises(TrackingError, match="did not take the journal"):
-        replay(run, nowhere)
-    assert replay(run, sqlite) == 1
-    run_id = create(sqlite, run)  # Finds the run that the replay made, and says that it goes on.
-    assert replay(run, sqlite) == 1
-    assert points(sqlite, run_id, "train/loss") == [(100, 1.0)]
-    assert artifacts(sqlite, run_id, "pictures") == {"pictures/samples-000000000100.png"}
-    assert client(sqlite).get_run(run_id).info.status == "FINISHED"
+    assert "lacks 1 points and 1 files" in caplog.text
+    assert "`nvae track replay faces`" in caplog.text
+    said: list[str] = []
+    with pytest.raises(DeliveryError, match=r"It lacks 1 points and 1 files\. Repeat this") as refused:
+        replay(run, NOWHERE, "FINISHED", said.append)
+    assert "trying again" in said[0]
+    assert refused.value.__cause__ is None
+    for text in (caplog.text, str(refused.value), *said):
+        assert "hunter2" not in text
+    for _ in range(2):
+        replayed = replay(run, sqlite, "FINISHED")
+        assert replayed.points == 1
+        found = client(sqlite).get_run(replayed.run_id)
+        assert found.info.status == "FINISHED"
+        assert found.data.params["train.seed"] == "1"
+        assert found.data.tags["ray.job"] == "first"
+    assert create(sqlite, run) == replayed.run_id
+    assert points(sqlite, replayed.run_id, "train/loss") == [(100, 1.0)]
+    assert artifacts(sqlite, replayed.run_id, "pictures") == {"pictures/samples-000000000100.png"}
 
 
 def test_a_folder_without_journal_has_nothing_to_replay(sqlite: str, run: str) -> None:
     with pytest.raises(TrackingError, match="is it the folder of a run"):
-        replay(run, sqlite)
+        replay(run, sqlite, "FINISHED")
+
+
+def test_a_replay_beside_a_running_launch_doubles_nothing(sqlite: str, run: str) -> None:
+    run_id = create(sqlite, run)
+    with RunTracker(run, 1, sqlite, run_id) as tracker:
+        for at in range(0, 300, 3):
+            for each in range(at, at + 3):
+                tracker.log({"train/loss": float(each)}, at=each)
+            if at % 100 == 0:
+                tracker.sync()
+                assert replay(run, sqlite, "RUNNING").run_id == run_id
+    assert points(sqlite, run_id, "train/loss") == [(at, float(at)) for at in range(300)]
+
+
+def test_the_driver_tells_mlflow_how_a_run_ended_whose_first_rank_could_not(
+    sqlite: str, run: str, hasty: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_id = create(sqlite, run)
+    killed = Journal(run, 1)  # Rank 0, killed before it delivered anything.
+    killed.note("metrics", at=100, values={"train/loss": 1.0})
+    killed.close()
+    assert undelivered(run, sqlite).points == 1
+    assert conclude(run, sqlite, "FAILED") == run_id
+    assert points(sqlite, run_id, "train/loss") == [(100, 1.0)]
+    assert client(sqlite).get_run(run_id).info.status == "FAILED"
+    assert not undelivered(run, sqlite)
+    assert conclude(run, NOWHERE, "FAILED") == ""
+    assert "`nvae track replay faces` tells it" in caplog.text
+    assert "hunter2" not in caplog.text
+    with RunTracker(run, 2, sqlite, run_id) as tracker:
+        tracker.log({"train/loss": 2.0}, at=200)
+    assert client(sqlite).get_run(run_id).info.status == "RUNNING"
+
+
+# -- what MLflow loses ------------------------------------------------------------------
+
+
+def test_a_run_that_is_deleted_in_mlflow_while_it_runs_is_made_again_with_all_its_points(
+    sqlite: str, run: str
+) -> None:
+    run_id = create(sqlite, run)
+    with RunTracker(run, 1, sqlite, run_id) as tracker:
+        tracker.log({"train/loss": 1.0}, at=1)
+        tracker.picture("samples", PNG, at=1)
+        tracker.sync()
+        wait_until(lambda: points(sqlite, run_id, "train/loss") == [(1, 1.0)])
+        client(sqlite).delete_run(run_id)
+        tracker.log({"train/loss": 2.0}, at=2)
+        tracker.status("FINISHED")
+    assert tracker.run_id != run_id
+    assert points(sqlite, tracker.run_id, "train/loss") == [(1, 1.0), (2, 2.0)]
+    assert artifacts(sqlite, tracker.run_id, "pictures") == {"pictures/samples-000000000001.png"}
+    assert client(sqlite).get_run(tracker.run_id).info.status == "FINISHED"
+
+
+def wait_until(condition: Any, seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_points_that_mlflow_took_and_lost_are_sent_again_at_the_end(
+    sqlite: str, run: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As behind a proxy that answers 200 to everything."""
+    run_id = create(sqlite, run)
+    with RunTracker(run, 1, sqlite, run_id) as tracker:
+        tracker.log({"train/loss": 1.0, "train/nelbo_nats": 3.0}, at=1)
+        tracker.log({"train/loss": 2.0}, at=2)
+        tracker.sync()
+        wait_until(lambda: len(points(sqlite, run_id, "train/loss")) == 2)
+        delete_points(sqlite, run_id, "step = 1")
+    assert "lost 2 points that it had taken" in caplog.text
+    assert points(sqlite, run_id, "train/loss") == [(1, 1.0), (2, 2.0)]
+    assert points(sqlite, run_id, "train/nelbo_nats") == [(1, 3.0)]
+
+
+def delete_points(database: str, run_id: str, where: str) -> None:
+    """What MLflow has no request for."""
+    import sqlite3
+
+    with sqlite3.connect(database.removeprefix("sqlite:///")) as connection:
+        for table in ("metrics", "latest_metrics"):
+            connection.execute(f"delete from {table} where run_uuid = ? and ({where})", (run_id,))
+
+
+@pytest.mark.parametrize("damage", ["journal", "state", "both", "description"])
+def test_a_damaged_journal_costs_what_is_damaged_and_doubles_nothing(
+    sqlite: str, run: str, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_id = create(sqlite, run)
+    with RunTracker(run, 1, sqlite, run_id) as tracker:
+        for at in range(4):
+            tracker.log({"train/loss": float(at)}, at=at)
+    journal = Path(run, "journal")
+    if damage in ("journal", "both"):
+        (segment,) = journal.glob("*.jsonl")
+        data = bytearray(segment.read_bytes())
+        data[10] ^= 1  # The first line; the second is cut off in its middle, with all behind it.
+        segment.write_bytes(data[: 3 * len(data) // 8])
+    if damage in ("state", "both"):
+        (state,) = journal.glob("delivered-*")
+        state.write_bytes(state.read_bytes()[:-5])
+    if damage == "description":
+        Path(journal, "mlflow.json").write_bytes(b"{")
+        assert create(sqlite, run) == run_id
+        for state in journal.glob("delivered-*"):
+            state.unlink()
+    with RunTracker(run, 2, sqlite) as tracker:
+        for at in range(6):
+            tracker.log({"train/loss": 9.0}, at=at)
+    assert tracker.run_id == run_id
+    assert points(sqlite, run_id, "train/loss") == [(at, float(at) if at < 4 else 9.0) for at in range(6)]
+    assert "damaged" in caplog.text
+
+
+def test_empty_runs_whose_making_mlflow_never_confirmed_are_deleted(sqlite: str, run: str) -> None:
+    run_id = create(sqlite, run)
+    made = client(sqlite).get_run(run_id)
+    key = made.data.tags[delivery.KEY_TAG]
+    stray = client(sqlite).create_run(made.info.experiment_id, tags={delivery.KEY_TAG: key}).info.run_id
+    with RunTracker(run, 1, sqlite) as tracker:
+        tracker.log({"train/loss": 1.0}, at=1)
+    assert tracker.run_id == run_id
+    assert client(sqlite).get_run(stray).info.lifecycle_stage == "deleted"
+    assert client(sqlite).get_run(run_id).info.lifecycle_stage == "active"
 
 
 def test_a_run_on_a_real_object_store_is_delivered_and_continued_elsewhere(sqlite: str, s3: str) -> None:
@@ -323,146 +474,46 @@ def test_ranks_that_do_not_track_accept_every_call() -> None:
 # -- outages of a real server -----------------------------------------------------------
 
 
-class Gate:
-    """A TCP door in front of a server: shut, it cuts every connection; it can also answer 503."""
-
-    def __init__(self, target: int) -> None:
-        self._target = target
-        self.state = "open"
-        self._connections: list[socket.socket] = []
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def set(self, state: str) -> None:
-        self.state = state
-        for connection in self._connections:
-            with suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
-        self._connections.clear()
-
-    def close(self) -> None:
-        self.set("shut")
-        self._listener.close()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                client, _ = self._listener.accept()
-            except OSError:
-                return
-            if self.state == "open":
-                server = socket.create_connection(("127.0.0.1", self._target))
-                self._connections += [client, server]
-                for pair in ((client, server), (server, client)):
-                    threading.Thread(target=self._pump, args=pair, daemon=True).start()
-            elif self.state == "503":
-                threading.Thread(target=self._refuse, args=(client,), daemon=True).start()
-            else:
-                client.close()
-
-    @staticmethod
-    def _pump(source: socket.socket, target: socket.socket) -> None:
-        with suppress(OSError):
-            while data := source.recv(65536):
-                target.sendall(data)
-        for end in (source, target):
-            with suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
-
-    @staticmethod
-    def _refuse(client: socket.socket) -> None:
-        with suppress(OSError), client:
-            client.recv(65536)
-            client.sendall(
-                b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 4\r\nConnection: close\r\n\r\nbusy"
-            )
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
-
-
 @pytest.fixture(scope="module")
-def gate(tmp_path_factory: pytest.TempPathFactory, sqlite: str) -> Iterator[Gate]:
-    """A real MLflow server behind a gate, on the tables that are there already."""
-    port, folder = free_port(), tmp_path_factory.mktemp("server")
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--workers", "1", "--backend-store-uri", sqlite]
-    command += ["--artifacts-destination", str(folder / "artifacts")]
-    environment = os.environ | {
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-    }
-    with (folder / "log").open("w") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
-    try:
-        deadline = time.monotonic() + 60
-        while True:
-            try:
-                socket.create_connection(("127.0.0.1", port), timeout=1).close()
-                break
-            except OSError:
-                assert server.poll() is None and time.monotonic() < deadline, (folder / "log").read_text()
-                time.sleep(0.1)
-        gate = Gate(port)
-        yield gate
-        gate.close()
-    finally:
-        os.killpg(server.pid, signal.SIGTERM)
-        server.wait(30)
+def proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultProxy]:
+    """In front of a real MLflow server."""
+    with serving(tmp_path_factory.mktemp("mlflow")) as server, FaultProxy(server.url) as proxy:
+        yield proxy
 
 
 def test_a_server_that_is_away_at_the_start_in_the_middle_and_busy_gets_every_point_once(
-    gate: Gate, run: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    proxy: FaultProxy, run: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """More outages, each through a whole training: tests/faults/test_tracking.py."""
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setattr(courier, "POLL_SECONDS", 0.1)
     caplog.set_level(logging.WARNING)
-    gate.set("shut")
-    # An experiment of its own: its artifacts go through the server.
-    assert create(gate.url, run, experiment="served") == ""
-    tracker = RunTracker(run, 1, gate.url)
+    proxy.add(Reset())
+    assert create(proxy.url, run) == ""
+    tracker = RunTracker(run, 1, proxy.url)
     slowest = 0.0
-    for at in range(300):
-        if at in (50, 150):
-            gate.set("open")
-        if at == 100:
-            gate.set("503")
+    for at in range(120):
+        if at == 40:
+            proxy.clear()
+            wait_until(lambda: tracker.run_id != "")
+        if at == 80:
+            busy = proxy.add(Fail(503))
         began = time.perf_counter()
         tracker.log({"train/loss": float(at), "train/nelbo_nats": math.nan}, at=at)
         slowest = max(slowest, time.perf_counter() - began)
-        time.sleep(0.02)
+    wait_until(lambda: busy.struck >= 2)
+    proxy.clear()
     tracker.picture("samples", PNG, at=600)
     tracker.status("FINISHED")
     assert tracker.close(timeout_seconds=60)
     run_id = tracker.run_id
-    assert points(gate.url, run_id, "train/loss") == [(at, float(at)) for at in range(300)]
-    assert len(points(gate.url, run_id, "train/nelbo_nats")) == 300
-    assert artifacts(gate.url, run_id, "pictures") == {"pictures/samples-000000000600.png"}
-    found = client(gate.url).get_run(run_id)
+    assert points(proxy.url, run_id, "train/loss") == [(at, float(at)) for at in range(120)]
+    assert len(points(proxy.url, run_id, "train/nelbo_nats")) == 120
+    assert artifacts(proxy.url, run_id, "pictures") == {"pictures/samples-000000000600.png"}
+    found = client(proxy.url).get_run(run_id)
     assert (found.info.status, found.data.params["train.seed"]) == ("FINISHED", "1")
     assert slowest < 0.1  # Noting takes 0.1 ms; a busy machine may suspend the thread.
-    assert 1 <= caplog.text.count("does not take the curves") <= 3
-
-
-def test_a_server_that_stays_away_delays_the_end_by_no_more_than_was_allowed(
-    gate: Gate, run: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    run_id = create(gate.url, run, experiment="served")
-    tracker = RunTracker(run, 1, gate.url, run_id)
-    gate.set("shut")
-    tracker.log({"train/loss": 1.0}, at=1)
-    began = time.monotonic()
-    assert not tracker.close(timeout_seconds=0.5)
-    assert time.monotonic() - began < 3
-    assert "are in its journal" in caplog.text
-    gate.set("open")
-    with RunTracker(run, 2, gate.url, run_id) as tracker:
-        tracker.log({"train/loss": 2.0}, at=2)
-    assert points(gate.url, run_id, "train/loss") == [(1, 1.0), (2, 2.0)]
+    assert 1 <= caplog.text.count("cannot be delivered") <= 2
 
 
 def test_mlflow_is_imported_by_the_delivery_alone() -> None:
