@@ -11,6 +11,7 @@ import logging
 import math
 import shutil
 import statistics
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -21,6 +22,8 @@ from typing import Self
 
 import psutil
 import torch
+
+from pipeline import storage
 
 NAMES = MappingProxyType(
     {
@@ -60,13 +63,23 @@ def fold(name: str, values: Iterable[float]) -> float:
     return min(known) if name.endswith("/min") else statistics.fmean(known)
 
 
+def folders(run_url: str | None, cache_folder: str | None) -> dict[str, Path]:
+    """What a training writes to on disks of its machine, by what NAMES calls it."""
+    found = {"temporary": Path(tempfile.gettempdir())}
+    if run_url is not None and storage.is_local(run_url):
+        found["store"] = Path(storage.normalize(run_url))
+    if cache_folder is not None:
+        found["cache"] = Path(cache_folder).expanduser()
+    return found
+
+
 class Machine:
     """Samples the machine of this rank while it is entered as a context manager."""
 
     def __init__(
         self, device: torch.device, folders: Mapping[str, Path], sample_seconds: float = SAMPLE_SECONDS
     ) -> None:
-        """`folders` whose disks are watched, by what NAMES calls them: store, cache, temporary."""
+        """`folders` are those whose disks are watched."""
         self._device, self._folders, self._seconds = device, folders, sample_seconds
         self._new: list[Mapping[str, float]] = []
         self._newest: Mapping[str, float] = {}

@@ -94,7 +94,7 @@ class Metrics:
         self,
         worker: Worker,
         model: NVAEConfig,
-        machine: Machine | None = None,
+        machine: Machine,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`clock` gives seconds; the first interval begins now."""
@@ -218,7 +218,7 @@ class Metrics:
             "speed/communication_fraction": waiting_share,
             "speed/communication_fraction/min": waiting_share,
             "data/wait_seconds/max": self._wait_seconds,
-            **(self._machine.read() if self._machine else {}),
+            **self._machine.read(),
         }
         table = torch.zeros(self._worker.world_size, len(PER_RANK), dtype=torch.float64)
         table[self._worker.rank] = torch.tensor([found.get(name, math.nan) for name in PER_RANK])

@@ -27,7 +27,9 @@ from pipeline.data.loader import Batch, training_batches
 from pipeline.progress import training_line
 from pipeline.training.checkpoint import BEST_METRIC, Checkpoint
 from pipeline.training.interventions import ROLLBACKS, Kind, rollbacks
+from pipeline.training.machine import Machine, folders
 from pipeline.training.metrics import Metrics
+from pipeline.training.profiling import Profiling
 from pipeline.training.recovery import DivergedError, intervene
 from pipeline.training.schedules import recovery_images, schedule
 from pipeline.training.stability import judge, limits
@@ -66,7 +68,9 @@ def train(training: Training, resume: Checkpoint | None = None) -> Literal["fini
     total = config.train.total_images
     state = TrainState.create(config, worker, resume, None if resume else training.initial())
     model = worker.wrap(state.model)
-    metrics = Metrics(worker, config.model)
+    machine = Machine(worker.device, folders(training.url, config.data.cache_folder))
+    metrics = Metrics(worker, config.model, machine)
+    profiling = Profiling(config.train.profile_at_images, worker, training.tracker, state.images_seen)
     cadence = Cadence(config.cadence, total, state.images_seen)
     if state.evaluation_due and look_and_save(training, state, cadence) == "stopped":
         return "stopped"
@@ -80,8 +84,10 @@ def train(training: Training, resume: Checkpoint | None = None) -> Literal["fini
         stop=whole_batches(total, config.train.batch_size, state.images_seen),
     )
     # Closed however the loop is left, for the batches that are made ahead have threads.
-    with closing(batches):
+    with closing(batches), machine, profiling:
         for batch in batches:
+            with metrics.paused():
+                profiling.before_update(state.images_seen)
             worker.mark("update", state.images_seen)
             result = step(training, state, model, batch, metrics)
             kind = respond(training, state, result.reading, batch)
@@ -119,22 +125,27 @@ def step(
         epoch_images=training.data.num_samples("train"),
         interventions=state.interventions,
     )
-    result = update(
-        model,
-        state.optimizer,
-        batch.images.to(worker.device, non_blocking=True),
-        coefficients,
-        step_settings(config, len(batch.images)),
-        noise=step_noise(
-            config.train.seed, state.images_seen, worker.rank, worker.device, rollbacks(state.interventions)
-        ),
-        flip=batch.flip.to(worker.device, non_blocking=True),
-        weights=batch.weights.to(worker.device, non_blocking=True),
-        ema=state.ema,
-        limits=limits(config.stability, state.condition),
-        # So that a stop takes effect after the very update, on all ranks, whoever heard of it.
-        ballot=[float(worker.stop_wanted())],
-    )
+    with metrics.timed():
+        result = update(
+            model,
+            state.optimizer,
+            batch.images.to(worker.device, non_blocking=True),
+            coefficients,
+            step_settings(config, len(batch.images)),
+            noise=step_noise(
+                config.train.seed,
+                state.images_seen,
+                worker.rank,
+                worker.device,
+                rollbacks(state.interventions),
+            ),
+            flip=batch.flip.to(worker.device, non_blocking=True),
+            weights=batch.weights.to(worker.device, non_blocking=True),
+            ema=state.ema,
+            limits=limits(config.stability, state.condition),
+            # So that a stop takes effect after the very update, on all ranks, whoever heard of it.
+            ballot=[float(worker.stop_wanted())],
+        )
     metrics.add(
         result,
         coefficients,

@@ -27,10 +27,10 @@ from pipeline import storage
 from pipeline.config import TrainConfig
 from pipeline.limits import statistics as store_statistics
 
-Phase = Literal["start", "log", "evaluate", "checkpoint", "batch", "update", "finish"]
+Phase = Literal["start", "log", "evaluate", "checkpoint", "batch", "profile", "update", "finish"]
 """What a rank is at, between two marks; in the order in which they come at the same images seen."""
 
-_LONG_PHASES = ("start", "evaluate", "checkpoint", "finish")
+_LONG_PHASES = ("start", "evaluate", "checkpoint", "profile", "finish")
 FACTOR_OF_LONG_PHASES = 5
 """The first update, evaluations, checkpoints and the end may take so much longer than an update."""
 SILENT_SECONDS = 20.0
