@@ -17,15 +17,16 @@ from pipeline.training.worker import Phase, Worker
 
 
 class Injecting:
-    """`worker`, but that before the update that begins after so many images something is done.
+    """`worker`, but that something is done before the update that begins after so many images.
 
-    What is done gets this object, and with it the model.
+    Or, under (phase, images seen), before that phase. What is done gets this object, and with it
+    the model.
     """
 
     model: nn.Module
 
-    def __init__(self, worker: Worker, before_update: Mapping[int, Callable[["Injecting"], object]]) -> None:
-        self._worker, self._before_update = worker, before_update
+    def __init__(self, worker: Worker, injections: Mapping[Any, "Injection"]) -> None:
+        self._worker, self._injections = worker, injections
         self._stopping = False
         self.lines: list[str] = []
         """What was said to the user."""
@@ -39,8 +40,9 @@ class Injecting:
 
     def mark(self, phase: Phase, images_seen: int) -> None:
         self._worker.mark(phase, images_seen)
-        if phase == "update" and images_seen in self._before_update:
-            self._before_update[images_seen](self)
+        for place in (images_seen,) if phase == "update" else ((phase, images_seen),):
+            if place in self._injections:
+                self._injections[place](self)
 
     def stop_wanted(self) -> bool:
         return self._stopping or self._worker.stop_wanted()
@@ -55,6 +57,9 @@ class Injecting:
     def say(self, line: str) -> None:
         self.lines.append(line)
         self._worker.say(line)
+
+
+Injection = Callable[[Injecting], object]
 
 
 class CrashError(Exception):

@@ -1,0 +1,267 @@
+"""Divergence in real, tiny runs: what is skipped, where weights go back to, when it is given up."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mlflow import MlflowClient
+
+from pipeline.config import RunConfig
+from pipeline.data.index import load_index
+from pipeline.data.loader import training_batches
+from pipeline.training.checkpoint import Checkpoint, checkpoints, newest, open_attempt
+from pipeline.training.checkpoint_writer import CheckpointWriter, claim_attempt
+from pipeline.training.interventions import Intervention, Kind
+from pipeline.training.metrics import Metrics
+from pipeline.training.recovery import newest_sound
+from pipeline.training.state import Training, TrainState
+from pipeline.training.tracking import NullTracker
+from pipeline.training.train import step, train
+from pipeline.training.worker import LocalWorker
+from tests.injecting import (
+    CrashError,
+    Injecting,
+    Injection,
+    break_gradient,
+    break_image,
+    break_statistic,
+    break_weight,
+    crash,
+    stop,
+)
+from tests.tiny_run import Home
+
+# Updates of 4 images: the trouble is in those that begin at 20, 24, 28, 32 and 36.
+EPISODE: Mapping[Any, Injection] = dict.fromkeys(range(20, 40, 4), break_image)
+OFTEN = ("cadence.checkpoint_images=4", "checkpoint.keep=20", "cadence.evaluate_images=1000")
+
+
+class Launches:
+    """Launches of one run without Ray and MLflow, each from the newest checkpoint on."""
+
+    def __init__(self, home: Home, url: Path, *overrides: str) -> None:
+        self.url = str(url)
+        self.config: RunConfig = home.config(f"data.root={home.store}/data/tiny", *overrides)
+        self.lines: list[str] = []
+
+    def launch(self, injections: Mapping[Any, Injection] | None = None) -> str:
+        worker = Injecting(LocalWorker(), injections or {})
+        writer = CheckpointWriter(self.url, claim_attempt(self.url), self.config.checkpoint.keep)
+        data = load_index(self.config.data.root)
+        try:
+            return train(
+                Training(self.config, data, worker, NullTracker(), writer, self.url), newest(self.url)
+            )
+        finally:
+            writer.wait()
+            self.lines += worker.lines
+
+    @property
+    def last(self) -> Checkpoint:
+        found = newest(self.url)
+        assert found is not None
+        return found
+
+    @property
+    def done(self) -> list[tuple[str, int, int | None]]:
+        """(kind, images seen, back to) of every intervention."""
+        interventions = self.last.record["interventions"]
+        return [(each["kind"], each["images_seen"], each["back_to"]) for each in interventions]
+
+
+def tensors(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    return {
+        f"{file}/{name}": tensor
+        for file in ("model", "ema", "optimizer")
+        for name, tensor in checkpoint.load(file).items()
+    }
+
+
+def assert_same(one: Checkpoint, other: Checkpoint) -> None:
+    expected, found = tensors(one), tensors(other)
+    assert expected.keys() == found.keys()
+    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+    assert dict(one.record) == dict(other.record)
+
+
+# -- skip -------------------------------------------------------------------------------
+
+
+def test_what_is_not_finite_is_skipped_said_and_noted(home: Home, tmp_path: Path) -> None:
+    run = Launches(home, tmp_path, *OFTEN)
+    trouble = {8: break_image, 20: break_gradient, 32: break_statistic}
+    assert run.launch(trouble) == "finished"
+    interventions = run.last.record["interventions"]
+    assert [(each["kind"], each["images_seen"], each["reason"]) for each in interventions] == [
+        ("skip", 12, "not finite: batch-norm statistics, loss, gradient"),
+        ("skip", 24, "not finite: gradient"),
+        ("skip", 36, "not finite: batch-norm statistics"),
+    ]
+    assert "At 24 images: update skipped: not finite: gradient" in run.lines
+    assert run.last.record["updates"] == 9
+    # Nothing is saved amid an episode; from the first skip on this run is in one.
+    assert [found.images_seen for found in checkpoints(run.url)] == [48, 8, 4]
+    batches = training_batches(
+        run.config, load_index(run.config.data.root), rank=0, world_size=1, start=20, stop=24
+    )
+    assert [each["keys"] for each in interventions][1] == next(batches).keys
+    batches.close()
+
+
+# -- roll back --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def rolled_back(shared_home: Home, tmp_path_factory: pytest.TempPathFactory) -> Launches:
+    """A run that went through the episode without an interruption."""
+    run = Launches(shared_home, tmp_path_factory.mktemp("whole"), *OFTEN)
+    assert run.launch(EPISODE) == "finished"
+    return run
+
+
+def test_weights_come_back_from_before_the_onset_and_images_go_on(rolled_back: Launches) -> None:
+    # A checkpoint of 20 images exists: but what was suspicious at 20 may have been its weights.
+    assert {found.images_seen for found in checkpoints(rolled_back.url)} >= {16, 20, 40, 44, 48}
+    assert rolled_back.done[:-1] == [("skip", images, None) for images in (24, 28, 32, 36)]
+    assert rolled_back.done[-1] == ("roll_back", 40, 16)
+    before, after = (open_attempt(rolled_back.url, images, 1) for images in (16, 40))
+    expected, found = tensors(before), tensors(after)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert after.record["condition"] == before.record["condition"]
+    assert rolled_back.last.record["updates"] == 4 + 2
+
+
+@pytest.mark.parametrize("where", [20, 28])
+def test_a_run_stopped_amid_an_episode_goes_on_as_if_it_had_not_been(
+    home: Home, tmp_path: Path, rolled_back: Launches, where: int
+) -> None:
+    run = Launches(home, tmp_path, *OFTEN)
+
+    def stop_and_break(at: Injecting) -> None:
+        stop(at)
+        break_image(at)
+
+    assert run.launch({**EPISODE, where: stop_and_break}) == "stopped"
+    # Newer than the one to go back to, but saved amid the trouble.
+    assert (run.last.images_seen, run.last.sound) == (where + 4, False)
+    sound = newest_sound(run.url, where + 4)
+    assert sound is not None
+    assert sound.images_seen == 20
+    assert run.launch(EPISODE) == "finished"
+    assert_same(rolled_back.last, run.last)
+
+
+@pytest.mark.parametrize("where", [32, 40])
+def test_a_run_that_crashed_in_an_episode_or_after_it_takes_the_same_decisions(
+    home: Home, tmp_path: Path, rolled_back: Launches, where: int
+) -> None:
+    run = Launches(home, tmp_path, *OFTEN)
+    with pytest.raises(CrashError):
+        run.launch({**EPISODE, where: crash})
+    # A rollback is saved at once: a crash after it does not lead back into the trouble.
+    assert run.last.images_seen == (40 if where == 40 else 20)
+    assert run.launch(EPISODE) == "finished"
+    assert_same(rolled_back.last, run.last)
+
+
+def test_broken_weights_are_not_saved_not_even_when_the_run_is_stopped(home: Home, tmp_path: Path) -> None:
+    run = Launches(home, tmp_path, *OFTEN)
+
+    def stop_and_break(at: Injecting) -> None:
+        stop(at)
+        break_weight(at)
+
+    assert run.launch({20: stop_and_break}) == "stopped"
+    assert run.last.images_seen == 20
+    assert run.last.sound
+    # They break again, and come back from a checkpoint.
+    assert run.launch({20: break_weight}) == "finished"
+    assert run.done[-1] == ("roll_back", 40, 16)
+    assert all(tensor.isfinite().all() for tensor in run.last.load("ema").values())
+
+
+def test_trouble_before_the_first_checkpoint_begins_anew(home: Home, tmp_path: Path) -> None:
+    run = Launches(home, tmp_path, "cadence.checkpoint_images=8", "checkpoint.keep=20")
+    assert run.launch({4: break_weight}) == "finished"
+    assert run.done[-1] == ("roll_back", 24, 0)
+    begun = TrainState.create(run.config, LocalWorker(), None, None)
+    again = open_attempt(run.url, 24, 1)
+    for file, expected in begun.tensors().items():
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in again.load(file).items())
+    assert again.load("optimizer") == {}
+    assert again.record["updates"] == 0
+
+
+def test_what_follows_a_rollback_has_other_noise_and_what_softens_gentler_coefficients(home: Home) -> None:
+    config = home.config(f"data.root={home.store}/data/tiny")
+    worker, data = LocalWorker(torch.device("cpu")), load_index(config.data.root)
+    batches = training_batches(config, data, rank=0, world_size=1, start=0, stop=4)
+    batch = next(batches)
+    batches.close()
+    training = Training(config, data, worker, NullTracker(), None)
+
+    def loss(*interventions: Intervention) -> tuple[float, float]:
+        state = TrainState.create(config, worker, None, None)
+        state.interventions = list(interventions)
+        metrics = Metrics(worker, config.model)
+        result = step(training, state, state.model, batch, metrics)
+        return result.reading.loss, metrics.reduce()["schedule/spectral_coefficient"]
+
+    plain = loss()
+    skipped = loss(Intervention(Kind.SKIP, 0, ""))
+    back = loss(Intervention(Kind.ROLL_BACK, 0, "", back_to=0))
+    softened = loss(Intervention(Kind.SOFTEN, 0, "", back_to=0, spectral_factor=3.0))
+    assert skipped == plain
+    assert back[0] != plain[0]
+    assert (softened[0], softened[1]) == (back[0], pytest.approx(3 * plain[1]))
+
+
+# -- give up ----------------------------------------------------------------------------
+
+
+def test_a_spent_budget_ends_the_run_with_its_samples_named_and_its_best_checkpoint_registered(
+    home: Home,
+) -> None:
+    settings = (
+        "train.total_images=96",
+        "stability.skips_in_a_row=2",
+        "stability.max_rollbacks=2",
+        "stability.recovery_fraction=1",
+        "cadence.evaluate_images=16",
+    )
+    trouble = dict.fromkeys(range(28, 96, 4), break_image)
+    end = home.train("hopeless", *settings, worker=Injecting(LocalWorker(), trouble))
+    assert end["state"] == "diverged"
+    url = Path(home.run_url("hopeless"))
+    kept = newest(str(url))
+    assert kept is not None
+    done = kept.record["interventions"]
+    assert [each["kind"] for each in done] == ["skip", "roll_back", "skip", "soften"]
+    assert [each["back_to"] for each in done if each["back_to"] is not None] == [16, 16]
+
+    assert "2 updates in a row were skipped; the last one: not finite:" in end["reason"]
+    assert "at 52 images, after 2 rollbacks" in end["reason"]
+    samples = json.loads((url / "files/stability/000000000052-give_up.json").read_text())["keys"]
+    assert len(samples) == 4
+    assert all(key in end["reason"] for key in samples)
+    record = json.loads((url / "run.json").read_text())
+    assert (record["state"], record["reason"]) == ("diverged", end["reason"])
+
+    result = record["result"]
+    assert result["images_seen"] == 16
+    client = MlflowClient(home.tracking)
+    version = client.get_model_version("nvae-hopeless", result["model"].rpartition("/")[2])
+    assert version.tags["run.diverged"] == "true"
+    tags = client.get_run(result["mlflow_run_id"]).data.tags
+    assert (tags["stability.roll_back"], tags["stability.soften"], tags["stability.give_up"]) == (
+        "1",
+        "1",
+        "1",
+    )
+
+    # The budget is part of the state: the same command does not get another one.
+    again = home.train("hopeless", *settings, worker=Injecting(LocalWorker(), trouble))
+    assert again["state"] == "diverged"
