@@ -131,7 +131,7 @@ class TrainConfig(Section):
     stall_steps: int = Field(20, ge=1, json_schema_extra=RESUMABLE)
     """But not before this many times the median time of an update has passed."""
     profile_at_images: int | None = Field(None, ge=0, json_schema_extra=RESUMABLE)
-    """Profile the three updates from this many images on, on rank 0, into the run's folder `files`:
+    """Profile the two updates from this many images on, on rank 0, into the run's folder `files`:
     a trace and a table of the operations that take longest. None: no profile."""
 
 
