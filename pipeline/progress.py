@@ -37,27 +37,31 @@ def track(items: Iterable[Item], description: str, total: int | None = None) -> 
 
 
 def training_line(metrics: Mapping[str, float], images_seen: int, total_images: int) -> str:
-    """The status line of one log interval; its columns stand below each other.
+    """The status line of one log interval; its columns stand below each other, in 100 characters.
 
-    Reads `train/bits_per_dim`, `train/kl_nats`, `speed/images_per_second`, of which the remaining
-    time follows, and `data/wait_fraction`; what is absent is a dash. Corrupt samples and
-    requests to the store that were tried again are told where there are any.
+    Reads `train/bits_per_dim`, `speed/images_per_second`, of which the remaining time follows,
+    `data/wait_fraction`, and the memory that the fullest rank needs: of its GPU, or of its process.
+    What is absent is a dash. Skipped updates, corrupt samples and requests to the store that were
+    tried again are told behind, where there are any.
     """
     rate = metrics.get("speed/images_per_second")
     remaining = (total_images - images_seen) / rate if rate else None
-    digits = len(f"{total_images:,}")
+    memory = metrics.get("memory/reserved_gib/max", metrics.get("memory/process_gib/max"))
     columns = [
-        f"{images_seen:>{digits},} of {total_images:,} images ({images_seen / total_images:4.0%})",
-        f"{_number(metrics.get('train/bits_per_dim'), '7.3f')} bits/dim",
-        f"{_number(metrics.get('train/kl_nats'), '9.1f')} nats KL",
-        f"{_number(rate, '8.1f')} images/s",
-        f"{_number(metrics.get('data/wait_fraction'), '4.0%')} waiting for data",
+        f"{images_seen:>{len(f'{total_images:,}')},} images {images_seen / total_images:4.0%}",
+        f"{_number(metrics.get('train/bits_per_dim'), '6.3f')} bits/dim",
+        f"{_number(rate, '7.1f')} images/s",
+        f"{_number(metrics.get('data/wait_fraction'), '4.0%')} data wait",
+        f"{_number(memory, '5.1f')} GiB",
         f"{duration(remaining):>7} left",
     ]
-    if metrics.get("data/corrupt_samples"):
-        columns.append(f"{_counted(metrics['data/corrupt_samples'], 'corrupt sample')} skipped")
-    if metrics.get("data/store_retries"):
-        columns.append(f"{_counted(metrics['data/store_retries'], 'request')} tried again")
+    for name, what, became in (
+        ("train/skipped_updates", "update", "skipped"),
+        ("data/corrupt_samples", "corrupt sample", "skipped"),
+        ("data/store_retries", "request", "tried again"),
+    ):
+        if metrics.get(name):
+            columns.append(f"{_counted(metrics[name], what)} {became}")
     return "  ".join(columns)
 
 

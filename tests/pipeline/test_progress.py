@@ -62,18 +62,42 @@ def test_values_are_shown_without_exponents_and_brackets(capsys, value, text):
 
 def test_training_lines_stand_below_each_other():
     first = training_line({"train/bits_per_dim": 12.3456, "speed/images_per_second": 9.5}, 160, 4800)
-    last = training_line(
-        {"train/bits_per_dim": 2.1, "train/kl_nats": 1234.5, "speed/images_per_second": 118.04}, 4800, 4800
+    last = training_line({"train/bits_per_dim": 2.1, "speed/images_per_second": 118.04}, 4800, 4800)
+    assert first == (
+        "  160 images   3%  12.346 bits/dim      9.5 images/s     - data wait      - GiB   8m 08s left"
     )
-    assert len(first) == len(last)
-    assert first.index("bits/dim") == last.index("bits/dim")
-    told = training_line({"data/wait_fraction": 0.0312, "data/corrupt_samples": 2.0}, 160, 4800)
-    assert "  3% waiting for data" in told and told.endswith("2 corrupt samples skipped")
-    one = {"data/corrupt_samples": 1.0, "validation/corrupt_images": 1.0}
-    assert training_line(one, 160, 4800).endswith("  1 corrupt sample skipped")
-    assert training_line({"data/store_retries": 3.0}, 160, 4800).endswith("  3 requests tried again")
-    assert evaluation_line(one, 160).endswith("; 1 corrupt image left out")
-    assert "8m 08s left" in first and "0s left" in last and "1234.5 nats KL" in last
+    assert last == (
+        "4,800 images 100%   2.100 bits/dim    118.0 images/s     - data wait      - GiB       0s left"
+    )
+
+
+def test_the_longest_run_has_lines_of_100_columns():
+    busy = {
+        "train/bits_per_dim": 0.69,
+        "speed/images_per_second": 2345.6,
+        "data/wait_fraction": 1.0,
+        "memory/process_gib/max": 12.34,
+        "memory/reserved_gib/max": 123.45,
+    }
+    line = training_line(busy, 1_000_000, 60_000_000)
+    assert line == (
+        " 1,000,000 images   2%   0.690 bits/dim   2345.6 images/s  100% data wait  123.5 GiB   6h 59m left"
+    )
+    assert len(line) <= 100
+
+
+@pytest.mark.parametrize(
+    ("name", "one", "several"),
+    [
+        ("train/skipped_updates", "1 update skipped", "3 updates skipped"),
+        ("data/corrupt_samples", "1 corrupt sample skipped", "3 corrupt samples skipped"),
+        ("data/store_retries", "1 request tried again", "3 requests tried again"),
+    ],
+)
+def test_training_lines_end_with_what_went_wrong(name, one, several):
+    assert training_line({name: 1.0}, 160, 4800).endswith(f" left  {one}")
+    assert training_line({name: 3.0}, 160, 4800).endswith(f" left  {several}")
+    assert training_line({name: 0.0}, 160, 4800).endswith(" left")
 
 
 def test_the_line_of_an_evaluation_tells_the_bound_apart_from_the_estimate():
@@ -82,8 +106,9 @@ def test_the_line_of_an_evaluation_tells_the_bound_apart_from_the_estimate():
     line = "Validation at 4,800 images: 2.500 bits/dim, 900.0 nats NELBO, 100.0 of them KL"
     assert evaluation_line(scores, 4800) == line
     assert evaluation_line(weighted, 4800) == f"{line}; importance-weighted 2.250 bits/dim"
-    corrupt = scores | {"validation/corrupt_images": 3.0}
-    assert evaluation_line(corrupt, 4800) == f"{line}; 3 corrupt images left out"
+    for count, told in ((1.0, "1 corrupt image"), (3.0, "3 corrupt images")):
+        corrupt = scores | {"validation/corrupt_images": count}
+        assert evaluation_line(corrupt, 4800) == f"{line}; {told} left out"
 
 
 @pytest.mark.parametrize(
