@@ -24,6 +24,7 @@ from cluster.options import (
     show_facts,
     store_option,
     tracking_option,
+    workers_option,
 )
 from nvae.config import NVAEConfigError
 from pipeline.errors import FailedError, InputError
@@ -85,7 +86,7 @@ for group in (lookups.shards, lookups.registry, lookups.runs, lookups.config):
 @click.argument("config")
 @overrides_argument
 @click.option("--name", help="The run's name; CONFIG's by default. The same name again continues the run.")
-@click.option("--workers", type=click.IntRange(1), help="Ray Train workers. [one per GPU, or 2 without GPUs]")
+@workers_option
 @click.option("--local", is_flag=True, help="Train in this process, without Ray.")
 @click.option("--from", "parent", metavar="MODEL", help="Begin with the weights of a trained model.")
 @click.option("--dry-run", is_flag=True, help="Show what would be trained, and do nothing.")

@@ -123,7 +123,7 @@ def _shared_memory() -> str:
 def _ray() -> str:
     import ray
 
-    from cluster.launch import ray_connection
+    from cluster.nodes import ray_connection
 
     with ray_connection(workers=1):
         version = ray.get(ray.remote(platform.python_version).remote(), timeout=_RAY_SECONDS)

@@ -6,6 +6,34 @@ from typing import Any
 
 import click
 
+from pipeline.width import Workers
+
+
+class _WorkersType(click.ParamType[Workers]):
+    """`N` or `MIN:MAX`."""
+
+    name = "N or MIN:MAX"
+
+    def convert(
+        self, value: Any, parameter: click.Parameter | None, context: click.Context | None
+    ) -> Workers:
+        try:
+            return Workers.parse(value)
+        except ValueError:
+            self.fail(
+                f"{value!r} is no number of workers, such as 4, and no range, such as 2:8.",
+                parameter,
+                context,
+            )
+
+
+workers_option = click.option(
+    "--workers",
+    type=_WorkersType(),
+    metavar="N|MIN:MAX",
+    help="Ray Train workers. With a range the run goes on with fewer when nodes are lost, and with more "
+    "when they return. [one per GPU, or 2 without GPUs]",
+)
 store_option = click.option(
     "--store", metavar="URL", help="Where runs, models and data are kept. [NVAE_STORE, else ./nvae-store]"
 )

@@ -56,7 +56,7 @@ def stop(name: str, store: str | None) -> str:
     if lease.holder(url) is None:
         return f"Nobody is running {name}."
     run_folder.request_stop(url)
-    return f"{name} will write a checkpoint and stop at its next log line."
+    return f"{name} will write a checkpoint and stop within seconds."
 
 
 def check_deletable(name: str, store: str | None) -> None:

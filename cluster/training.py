@@ -17,11 +17,13 @@ from nvae.model import NVAE
 from pipeline import config_file, lease, run, run_folder, storage
 from pipeline import store as stores
 from pipeline.config import RunConfig
-from pipeline.preparation import check_batch, prepare
+from pipeline.preparation import Prepared, prepare, widths_of
 from pipeline.progress import say
 from pipeline.run_folder import RunError
 from pipeline.training.checkpoint import images_saved
-from pipeline.training.worker import LocalWorker
+from pipeline.training.watchdog import Limits, watched
+from pipeline.training.worker import LocalWorker, Poll
+from pipeline.width import Workers
 
 EXIT_CODES = {"finished": 0, "stopped": 0, "failed": 1, "diverged": 3}
 
@@ -34,7 +36,7 @@ class Plan:
     name: str
     store: str
     tracking: str
-    workers: int
+    workers: Workers
     local: bool
     parent: str | None
 
@@ -43,14 +45,15 @@ def plan(
     config: str,
     overrides: Sequence[str],
     name: str | None,
-    workers: int | None,
+    workers: Workers | None,
     local: bool,
     parent: str | None,
     store: str | None,
     tracking: str | None,
 ) -> Plan:
     """Resolve the configuration and all defaults. Raises InputError if that is not possible."""
-    if local and workers not in (None, 1):
+    one = Workers(1, 1)
+    if local and workers not in (None, one):
         raise RunError(
             f"--local trains in this one process, not on {workers} workers; leave one of them out."
         )
@@ -63,15 +66,16 @@ def plan(
         name=chosen_name,
         store=located,
         tracking=tracking_uri(store, tracking),
-        workers=1 if local else workers or default_workers(),
+        workers=one if local else workers or default_workers(),
         local=local,
         parent=parent,
     )
 
 
-def default_workers() -> int:
+def default_workers() -> Workers:
     """One per GPU of this machine, or 2 on a machine without."""
-    return torch.cuda.device_count() or 2
+    count = torch.cuda.device_count() or 2
+    return Workers(count, count)
 
 
 def describe(plan: Plan) -> str:
@@ -80,9 +84,9 @@ def describe(plan: Plan) -> str:
     Raises RunError if the workers cannot share a batch.
     """
     config = plan.config
-    check_batch(config, plan.workers)
+    widths = widths_of(config, plan.workers)
     train, model = config.train, config.model
-    per_worker = train.batch_size // plan.workers
+    per_worker = train.batch_size // widths[-1]
     micro = train.micro_batch_size or per_worker
     updates = -(-train.total_images // train.batch_size)
     return "\n".join(
@@ -91,7 +95,7 @@ def describe(plan: Plan) -> str:
             "",
             f"run          {plan.name} in {plan.store}",
             f"tracking     {storage.shown(plan.tracking)}",
-            f"workers      {'this process' if plan.local else f'{plan.workers} (Ray Train)'}",
+            f"workers      {_workers(plan, widths)}",
             f"parameters   {count_parameters(model):,}",
             f"latents      {_latents(model)}",
             f"steps        {updates:,} updates of {train.batch_size} images: {per_worker} per worker"
@@ -99,9 +103,20 @@ def describe(plan: Plan) -> str:
                 f", in micro-batches of {micro} (batch norm sees one at a time)"
                 if micro != per_worker
                 else ""
-            ),
+            )
+            + (f"; on fewer workers more, in micro-batches of {micro}" if len(widths) > 1 else ""),
         ]
     )
+
+
+def _workers(plan: Plan, widths: tuple[int, ...]) -> str:
+    """`2 (Ray Train)`, or `1, 2 or 4 (Ray Train): as many as there are places`."""
+    if plan.local:
+        return "this process"
+    if len(widths) == 1:
+        return f"{widths[0]} (Ray Train)"
+    some = ", ".join(str(width) for width in widths[:-1])
+    return f"{some} or {widths[-1]} (Ray Train): as many as there are places"
 
 
 def count_parameters(config: NVAEConfig) -> int:
@@ -130,28 +145,39 @@ def execute(plan: Plan) -> int:
         workers=plan.workers,
         parent=plan.parent,
     )
-    with lease.held(prepared.url):
+    with lease.held(prepared.url, say):
         spec = run.begin(prepared)
-        with run.running(spec, plan.workers) as end:
-            end.update(_work(plan, spec))
+        with run.running(spec) as end:
+            end.update(_work(plan, prepared, spec))
     say(farewell(plan, spec, end))
     return EXIT_CODES[end["state"]]
 
 
-def _work(plan: Plan, spec: run.RunSpec) -> dict[str, Any]:
+def _work(plan: Plan, prepared: Prepared, spec: run.RunSpec) -> dict[str, Any]:
+    limits = Limits.of(prepared.config.train)
     if plan.local:
-        with LocalWorker(asked_to_stop=partial(run_folder.stop_requested, spec.url)) as worker:
+        run_folder.note_launch(spec.url, 1)
+        with (
+            Poll(partial(run_folder.stop_requested, spec.url)) as asked,
+            LocalWorker(asked_to_stop=asked) as worker,
+            watched(worker.pulse, limits, spec.url, say),
+        ):
             return run.work(asdict(spec), worker)
     from cluster.launch import launch
 
-    say(f"Starting {plan.workers} Ray Train workers ...")
+    def starting(workers: int) -> None:
+        run_folder.note_launch(spec.url, workers)
+        say(f"Starting {workers} Ray Train worker{'s' if workers > 1 else ''} ...")
+
     return launch(
         "pipeline.run:work",
         asdict(spec),
-        workers=plan.workers,
+        widths=prepared.widths,
         run_url=spec.url,
         say=say,
         progress=partial(images_saved, spec.url),
+        starting=starting,
+        limits=limits,
     )
 
 

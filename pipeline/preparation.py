@@ -19,6 +19,7 @@ from pipeline.models.registry import Registry, load
 from pipeline.run_folder import RunError, RunRecord
 from pipeline.training.checkpoint import checkpoints
 from pipeline.training.run_description import check_tracking_uri
+from pipeline.width import Workers
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class Prepared:
     """The run's folder."""
     config: RunConfig
     """With its open ends closed."""
+    widths: tuple[int, ...]
+    """Numbers of workers that it may be trained on, fewest first."""
     data: Index
     tracking_uri: str
     record: RunRecord | None
@@ -47,7 +50,7 @@ def prepare(
     name: str,
     store_url: str,
     tracking_uri: str,
-    workers: int,
+    workers: Workers,
     parent: str | None = None,
 ) -> Prepared:
     """Check everything that can be checked before a worker starts.
@@ -60,8 +63,10 @@ def prepare(
     storage.configure(config.storage)
     url = run_folder.folder(store_url, name)
     record = run_folder.read_record(url)
+    widths = widths_of(config, workers)
     config = settle(config, store_url, record)
-    check_batch(config, workers)
+    if workers.is_range:
+        config = with_bounded_memory(config, widths[-1])
     data = load_index(config.data.root)
     check_fits(config, data)
     check_complete(data, cut_is_corrupt=config.data.on_corrupt == "skip")
@@ -72,7 +77,7 @@ def prepare(
         initial = _pinned(parent, tracking_uri) if parent else None
         if initial is not None:
             _check_weights_fit(initial, tracking_uri, config)
-    return Prepared(name, store_url, url, config, data, tracking_uri, record, parent, initial)
+    return Prepared(name, store_url, url, config, widths, data, tracking_uri, record, parent, initial)
 
 
 def settle(config: RunConfig, store_url: str, record: RunRecord | None = None) -> RunConfig:
@@ -94,15 +99,30 @@ def registered_name(run_name: str, config: RunConfig) -> str:
     return config.registry.name or f"nvae-{run_name}"
 
 
-def check_batch(config: RunConfig, workers: int) -> None:
-    """Raises RunError if the workers cannot share a batch equally."""
+def widths_of(config: RunConfig, workers: Workers) -> tuple[int, ...]:
+    """The numbers of workers that the run may be trained on, fewest first.
+
+    Raises RunError if not one of them can share a batch equally.
+    """
     batch_size = config.train.batch_size
-    if batch_size % workers:
-        nearest = workers * max(1, batch_size // workers)
+    widths = workers.widths(batch_size)
+    if not widths:
+        nearest = workers.maximum * max(1, batch_size // workers.maximum)
         raise RunError(
             f"train.batch_size {batch_size} cannot be shared equally by {workers} workers; use --workers "
             f"with one of its divisors, or train.batch_size={nearest}."
         )
+    return widths
+
+
+def with_bounded_memory(config: RunConfig, widest: int) -> RunConfig:
+    """The configuration with the share of a worker at the widest as its micro-batch.
+
+    So no worker needs more memory when there are fewer. A micro-batch that was asked for stays.
+    """
+    bounded = config_file.to_mapping(config)
+    bounded["train"]["micro_batch_size"] = config.train.micro_batch_size or config.train.batch_size // widest
+    return config_file.from_mapping(bounded, "settled for this run")
 
 
 def _check_identity(config: RunConfig, data: Index, record: RunRecord, url: str, parent: str | None) -> None:

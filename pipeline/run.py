@@ -7,7 +7,6 @@ makes no difference to either: what lies in the store decides where the run goes
 repeating the command is always the right thing to do.
 """
 
-import platform
 import shutil
 import subprocess
 import time
@@ -29,7 +28,7 @@ from pipeline.models.export import Lineage, RegistryError, export
 from pipeline.models.registry import Registry, load
 from pipeline.preparation import Prepared, registered_name
 from pipeline.progress import evaluation_line
-from pipeline.run_folder import Launch, RunError, RunRecord, State
+from pipeline.run_folder import RunError, RunRecord, State
 from pipeline.training.checkpoint import Checkpoint, best, newest
 from pipeline.training.checkpoint_writer import CheckpointWriter, claim_attempt
 from pipeline.training.pace import pause_seconds
@@ -134,18 +133,18 @@ def code_version() -> str:
 
 
 @contextmanager
-def running(spec: RunSpec, workers: int) -> Iterator[dict[str, Any]]:
+def running(spec: RunSpec) -> Iterator[dict[str, Any]]:
     """Keep the record true while the run is running: its state, and how it ended.
 
     The caller puts what `work` returned into the mapping that this yields.
     """
-    record = run_folder.read_record(spec.url)
-    launches = record.launches if record else ()
-    launch = Launch(run_folder.now(), platform.node(), workers)
-    run_folder.update_record(spec.url, state="running", reason="", launches=(*launches, launch))
+    run_folder.update_record(spec.url, state="running", reason="")
     end: dict[str, Any] = {"state": "failed", "reason": "interrupted"}
     try:
         yield end
+    except KeyboardInterrupt:
+        end["state"] = "stopped"
+        raise
     except BaseException as error:
         end["reason"] = str(error) or type(error).__name__
         raise

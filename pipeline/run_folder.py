@@ -11,6 +11,7 @@ STORE/runs/NAME/
 
 import json
 import logging
+import platform
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -38,7 +39,7 @@ def now() -> str:
 
 @dataclass(frozen=True)
 class Launch:
-    """One time that the run was started."""
+    """One time that the run's workers were started."""
 
     started: str
     host: str
@@ -112,6 +113,13 @@ def update_record(url: str, **changes: Any) -> RunRecord:
     record = replace(record, **changes)
     write_record(url, record)
     return record
+
+
+def note_launch(url: str, workers: int) -> None:
+    """Add to the record that the run is started now, by this machine, on so many workers."""
+    record = read_record(url)
+    launches = record.launches if record else ()
+    update_record(url, launches=(*launches, Launch(now(), platform.node(), workers)))
 
 
 def all_records(store: str) -> list[RunRecord]:

@@ -14,6 +14,7 @@ from pipeline.preparation import Prepared, prepare
 from pipeline.training.journal import StoredJournal, decode
 from pipeline.training.tracking import default_tracking_uri
 from pipeline.training.worker import LocalWorker, Worker
+from pipeline.width import Workers
 
 IMAGES = 24
 YAML = """
@@ -83,7 +84,7 @@ class Home:
             name=name,
             store_url=self.store,
             tracking_uri=tracking or self.tracking,
-            workers=workers,
+            workers=Workers(workers, workers),
             parent=parent,
         )
 
@@ -96,7 +97,8 @@ class Home:
     ) -> dict[str, Any]:
         """A launch from beginning to end, in this process; how it ended."""
         spec = self.begin(name, *overrides, parent=parent)
-        with run.running(spec, 1) as end:
+        with run.running(spec) as end:
+            run_folder.note_launch(spec.url, 1)
             end.update(run.work(vars(spec), worker or LocalWorker()))
         return end
 

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
-from cluster.launch import MAX_FAILURES, launch, ray_connection
+from cluster.failures import MAX_ERRORS
+from cluster.launch import launch
+from cluster.nodes import ray_connection
 from pipeline import config_file, run, run_folder
 from pipeline.errors import FailedError
 from pipeline.preparation import settle
@@ -36,7 +38,7 @@ def launched(
 ) -> dict[str, Any]:
     url = home.run_url(entry)
     return launch(
-        f"tests.cluster.entries:{entry}", arguments, workers=2, run_url=url, say=said.append, **more
+        f"tests.cluster.entries:{entry}", arguments, widths=(2,), run_url=url, say=said.append, **more
     )
 
 
@@ -81,8 +83,8 @@ def test_what_fails_again_and_again_is_given_up(home: Home, cluster: None, tmp_p
     said: list[str] = []
     with pytest.raises(FailedError, match="ZeroDivisionError: a bug of ours"):
         launched(home, "fail", {"tries": str(tmp_path)}, said)
-    assert len(list(tmp_path.iterdir())) == 2 * (MAX_FAILURES + 1)
-    assert len(said) == MAX_FAILURES
+    assert len(list(tmp_path.iterdir())) == 2 * (MAX_ERRORS + 1)
+    assert len(said) == MAX_ERRORS
 
 
 @pytest.mark.campaign
@@ -103,9 +105,10 @@ def test_a_killed_worker_is_replaced_and_no_image_is_lost(home: Home, cluster: N
 
 def test_more_workers_than_the_cluster_has_are_refused(home: Home, cluster: None) -> None:
     with pytest.raises(RunError, match=r"64 workers were asked for, but the cluster has \d+ CPUs"):
-        launch("pipeline.run:work", {}, workers=64, run_url=home.run_url("many"), say=print)
+        launch("pipeline.run:work", {}, widths=(64,), run_url=home.run_url("many"), say=print)
 
 
+@pytest.mark.campaign
 def test_the_doctor_finds_a_good_place_in_order(home: Home, cluster: None, capsys: Capture) -> None:
     shown = nvae(capsys, "doctor", "tiny.yaml", "--json")
     checks = {check["name"]: check for check in json.loads(shown.out)}
@@ -114,6 +117,7 @@ def test_the_doctor_finds_a_good_place_in_order(home: Home, cluster: None, capsy
     assert {"ray", "store", "mlflow", "data"} <= checks.keys()
 
 
+@pytest.mark.campaign
 def test_the_doctor_needs_no_training_before(
     home: Home, cluster: None, capsys: Capture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -123,6 +127,7 @@ def test_the_doctor_needs_no_training_before(
     assert "the first training creates it" in shown.out
 
 
+@pytest.mark.campaign
 def test_the_doctor_names_a_remedy(home: Home, cluster: None, capsys: Capture) -> None:
     shown = nvae(
         capsys, "doctor", "tiny.yaml", "--json", "--tracking", "http://127.0.0.1:1", "--store", "/proc"
@@ -133,6 +138,7 @@ def test_the_doctor_names_a_remedy(home: Home, cluster: None, capsys: Capture) -
     assert all(check["remedy"] and check["found"] for check in failed.values())
 
 
+@pytest.mark.campaign
 def test_an_interrupted_command_continues_at_another_width(home: Home) -> None:
     """Ctrl-C at a terminal reaches every process of the command, Ray's too."""
     command = [NVAE, "train", "tiny.yaml", "train.total_images=4000", "--workers", "2", "--name", "wide"]

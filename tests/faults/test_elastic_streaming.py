@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from cluster import launch as launching
-from cluster.launch import launch, ray_connection
+from cluster import failures
+from cluster.launch import launch
+from cluster.nodes import ray_connection
 from pipeline.data import shards
 from pipeline.data.index import TRAIN
 from pipeline.errors import FailedError
@@ -34,7 +35,7 @@ def test_workers_killed_in_mid_epoch_are_replaced_by_more_and_by_fewer(
 ) -> None:
     """2 workers, of which one is killed; then 3, of which one is killed; then 1 to the end."""
     # The launch is not to start the same number of workers again by itself.
-    monkeypatch.setattr(launching, "MAX_FAILURES", 0)
+    monkeypatch.setattr(failures, "MAX_LOSSES", 0)
     data = shards.build(
         f"portraits:{IMAGES + 6}",
         f"{home.store}/data/elastic",
@@ -65,7 +66,7 @@ def test_workers_killed_in_mid_epoch_are_replaced_by_more_and_by_fewer(
             end = launch(
                 "tests.recorded_batches:work",
                 arguments,
-                workers=workers,
+                widths=(workers,),
                 run_url=spec.url,
                 say=print,
                 progress=lambda url=spec.url: images_saved(url),

@@ -286,7 +286,7 @@ def test_a_run_whose_mlflow_never_answers_keeps_everything_for_the_next_launch(h
     prepared = home.prepare("untold", "train.total_images=8", tracking="http://127.0.0.1:1")
     spec = run.begin(prepared)
     assert spec.mlflow_run_id == ""
-    with pytest.raises(FailedError, match="trained, but not registered"), run.running(spec, 1) as end:
+    with pytest.raises(FailedError, match="trained, but not registered"), run.running(spec) as end:
         end.update(run.work(vars(spec), LocalWorker()))
     assert run_folder.known_record(home.store, "untold").state == "failed"
     assert home.train("untold", "train.total_images=8")["state"] == "finished"
