@@ -18,11 +18,13 @@ from collections.abc import Callable, Sequence
 import torch
 
 from tests.faults import training_kills as kills
+from tests.faults import training_poison as poison
 from tests.faults.training_runs import HEADING, Place, TrainingRow, place
 
 ROWS: dict[str, Callable[[Place], TrainingRow]] = {
     "worker": kills.workers,
     "driver": kills.drivers,
+    "nan": poison.nans,
 }
 
 

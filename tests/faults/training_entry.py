@@ -14,12 +14,14 @@ from cluster import launch as launching
 from pipeline import run
 from pipeline.training.worker import Worker
 from tests.faults.training_notes import noted
+from tests.faults.training_poison import poisoned
 
 
 def work(arguments: Mapping[str, Any], worker: Worker) -> dict[str, Any]:
-    """`run.work`, noted in the folder `notes`."""
-    with noted(Path(arguments["notes"]), worker):
-        return run.work(arguments["spec"], worker)
+    """`run.work`, noted in the folder `notes`, and poisoned if a plan there says so."""
+    notes = Path(arguments["notes"])
+    with noted(notes, worker):
+        return run.work(arguments["spec"], poisoned(worker, notes))
 
 
 def main(notes: str, *command: str) -> None:

@@ -4,21 +4,18 @@ import random
 import time
 
 from tests.faults.injection import Tally
-from tests.faults.training_runs import BATCH, Place, Training, TrainingRow, distance, kill
+from tests.faults.training_runs import (
+    BATCH,
+    Place,
+    Training,
+    TrainingRow,
+    distance,
+    kill,
+    small_updates,
+)
 
 WORKER_SECONDS, NODE_SECONDS = 60, 90
 """Within these a training is to make updates again after the death of a worker, of a node."""
-CHECKPOINT_UPDATES = 40
-
-
-def settings(updates: int) -> tuple[str, ...]:
-    """A training of so many small updates, with a checkpoint now and then."""
-    return (
-        f"train.total_images={updates * BATCH}",
-        f"cadence.checkpoint_images={CHECKPOINT_UPDATES * BATCH}",
-        f"cadence.log_images={CHECKPOINT_UPDATES * BATCH}",
-        f"cadence.evaluate_images={updates * BATCH}",
-    )
 
 
 def moments(seed: int, kills: int, updates: int) -> list[int]:
@@ -39,8 +36,9 @@ def workers(place: Place) -> TrainingRow:
             moment = time.monotonic()
             kill(victim.pid)
             recoveries.append(broken.wait_for_update(moment, victim.launch))
-    return _finish(
-        tally, "L1", "SIGKILL of a worker at a random moment", whole, broken, recoveries, WORKER_SECONDS
+    broken.finish()
+    return judged(
+        tally, "L1", "SIGKILL of a worker at a random moment", broken, recoveries, WORKER_SECONDS, whole
     )
 
 
@@ -57,46 +55,47 @@ def drivers(place: Place) -> TrainingRow:
             moment = broken.kill_driver()
             broken.start()
             recoveries.append(broken.wait_for_update(moment, launch))
-    return _finish(
-        tally, "L3", "SIGKILL of the driver, then the same command", whole, broken, recoveries, NODE_SECONDS
+    broken.finish()
+    return judged(
+        tally, "L3", "SIGKILL of the driver, then the same command", broken, recoveries, NODE_SECONDS, whole
     )
 
 
 def _pair(place: Place, updates: int) -> tuple[Training, Training]:
     """An uninterrupted run that is over, and one of the same settings that is to be broken."""
-    whole = Training(place, "whole", *settings(updates))
+    whole = Training(place, "whole", *small_updates(updates))
     whole.start()
     whole.finish()
-    return whole, Training(place, "broken", *settings(updates))
+    return whole, Training(place, "broken", *small_updates(updates))
 
 
-def _finish(
+def judged(
     tally: Tally,
     id: str,
     fault: str,
-    whole: Training,
     broken: Training,
     recoveries: list[float],
     limit: float,
+    whole: Training | None = None,
 ) -> TrainingRow:
-    """Wait for the end of the broken run, and compare it with the whole one."""
-    broken.finish()
-    history, apart = broken.history(), distance(whole.run_url, broken.run_url)
+    """What became of a broken run that is over, beside the plan and beside a whole one."""
+    history = broken.history()
     late = sum(seconds > limit for seconds in recoveries)
-    for holds, what in (
-        (apart == 0, f"the final state differs by {apart:.2g} from that of an uninterrupted run"),
+    checks = [
         (history.lost == history.repeated == 0, f"{history} in the history of the final weights"),
         (not late, f"{late} of {len(recoveries)} times it took more than {limit:.0f} s to train again"),
-    ):
-        if not holds:
-            tally.survived = 0
-            tally.broken.append(what)
-    read = sum(len(rank.samples) for rank in broken.notes.ranks.values())
-    needed = sum(len(rank.samples) for rank in whole.notes.read().ranks.values())
-    measured = (
-        f"final state {apart:g} from an uninterrupted run's; {len(broken.notes.starts())} launches, "
-        f"{read / needed - 1:.0%} of the updates made again"
+    ]
+    handed_out = sum(
+        len(rank.samples) * BATCH / rank.world_size for rank in broken.notes.ranks.values() if rank.pid
     )
+    again = handed_out / broken.config.train.total_images - 1
+    measured = f"{len(broken.notes.starts())} launches, {again:.0%} of the updates made again"
+    if whole is not None:
+        apart = distance(whole.run_url, broken.run_url)
+        measured = f"final state {apart:g} from an uninterrupted run's; {measured}"
+        checks.append((apart == 0, f"the final state is {apart:.2g} from that of an uninterrupted run"))
+    failed = [what for holds, what in checks if not holds]
+    survived = 0 if failed else tally.survived
     return TrainingRow(
-        id, fault, tally.tried, tally.survived, measured, tuple(tally.broken), history, tuple(recoveries)
+        id, fault, tally.tried, survived, measured, (*tally.broken, *failed), history, tuple(recoveries)
     )

@@ -21,6 +21,7 @@ from uuid import uuid4
 
 import torch
 
+from pipeline.config import RunConfig
 from pipeline.data import shards
 from pipeline.data.index import Index, load_index
 from pipeline.training.checkpoint import newest
@@ -32,6 +33,7 @@ ROOT = Path(__file__).parents[2]
 PROGRAM = "tests.faults.training_entry"
 MARK = "NVAE_FAULTS_MARK"
 BATCH = 4
+CHECKPOINT_UPDATES = 40
 START_SECONDS = 240.0
 """Longest wait for a launch to make its first update, on a machine that has other things to do."""
 POLL_SECONDS = 0.005
@@ -148,6 +150,17 @@ def wait_until(condition: Callable[[], bool], what: str, seconds: float) -> None
         time.sleep(POLL_SECONDS)
 
 
+def small_updates(updates: int) -> tuple[str, ...]:
+    """A training of so many small updates, with a checkpoint now and then."""
+    return (
+        f"data.lanes={BATCH}",
+        f"train.total_images={updates * BATCH}",
+        f"cadence.checkpoint_images={CHECKPOINT_UPDATES * BATCH}",
+        f"cadence.log_images={CHECKPOINT_UPDATES * BATCH}",
+        f"cadence.evaluate_images={updates * BATCH}",
+    )
+
+
 class Training:
     """`nvae train` of one run in processes of its own, as often as it is started; it takes notes."""
 
@@ -230,10 +243,13 @@ class Training:
     def last_words(self) -> str:
         return self.output.read_text(errors="replace")[-1500:]
 
+    @property
+    def config(self) -> RunConfig:
+        return self.place.home.config(*self.settings)
+
     def history(self) -> History:
         """What led to the final weights, beside the plan."""
-        config = self.place.home.config("data.lanes=4", *self.settings)
-        return history(self.notes.read(), config, self.place.index)
+        return history(self.notes.read(), self.config, self.place.index)
 
 
 def weights(run_url: str) -> dict[str, torch.Tensor]:
