@@ -1,5 +1,6 @@
 """Two real processes that share a batch make the update of one process that has it all."""
 
+import copy
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,8 +16,9 @@ from torch.testing import assert_close
 from nvae.batch_norm import BatchNorm
 from nvae.collectives import Waiting
 from nvae.distributions import Noise
-from nvae.health import Reading
+from nvae.health import Reading, Trouble
 from nvae.layers import DataInitializedConv2d
+from nvae.model import NVAE
 from nvae.objective import balance
 from nvae.step import Coefficients, StepSettings, make_ema, make_optimizer, update
 from tests.nvae.tiny import normal_noise, seeded, stored_images, tiny_config, tiny_model
@@ -155,11 +157,58 @@ def late(moment: str, rank: int) -> list[tuple[float, float]]:
     return found
 
 
+def poison_gradient(network: NVAE) -> None:
+    next(network.parameters()).register_hook(lambda gradient: gradient * torch.nan)
+
+
+def poison_statistic(network: NVAE) -> None:
+    layer = next(module for module in network.modules() if isinstance(module, BatchNorm))
+
+    def poison(*_: Any) -> None:
+        layer.running_var.fill_(torch.inf)
+
+    layer.register_forward_hook(poison)
+
+
+def poison_weight(network: NVAE) -> None:
+    """One that the loss does not show."""
+    with torch.no_grad():
+        network.get_parameter("posterior_heads.1.bias")[0] = torch.inf
+
+
+POISONS = {
+    Trouble.GRADIENT: poison_gradient,
+    Trouble.STATISTICS: poison_statistic,
+    Trouble.WEIGHTS: poison_weight,
+}
+
+
+def poisoned(trouble: Trouble, rank: int) -> dict[str, Any]:
+    """An update in which something is not finite on the second rank alone, and votes differ."""
+    network = tiny_model()
+    model = DistributedDataParallel(network, broadcast_buffers=False)
+    if rank == 1:
+        POISONS[trouble](network)
+    before = copy.deepcopy(network.state_dict())
+    result = update(
+        model,
+        make_optimizer(network, 3e-4),
+        stored_images(network.config, 2, seed=rank),
+        Coefficients(1e-2, 0.3, 0.1),
+        StepSettings(),
+        noise=normal_noise(rank),
+        ballot=[float(rank), 0.0, 1.0],
+    )
+    moved = [name for name, value in network.state_dict().items() if not torch.equal(value, before[name])]
+    return {"reading": plain(result.reading), "moved": moved}
+
+
 def run_rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     found: dict[str, Any] = {name: train(scenario, rank) for name, scenario in SCENARIOS.items()}
     found["late"] = {moment: late(moment, rank) for moment in MOMENTS}
+    found |= {f"poisoned: {trouble.name}": poisoned(trouble, rank) for trouble in POISONS}
     for compatible in (False, True):
         config = tiny_config(published_compatibility=compatible)
         found[f"balance, {compatible}"] = balance(KL[rank : rank + 1], torch.ones(1), config)
@@ -202,6 +251,17 @@ def test_no_rank_moves_if_one_is_not_finite(two_ranks):
         found = rank["not finite on one rank"]
         assert not any(result["reading"]["made"] for result in found["results"])
         assert_close(found["model"], untouched, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("trouble", POISONS)
+def test_what_is_not_finite_on_one_rank_alone_keeps_all_ranks_from_moving(two_ranks, trouble):
+    for rank in two_ranks:
+        found = rank[f"poisoned: {trouble.name}"]
+        assert found["moved"] == []
+        assert not found["reading"]["made"]
+        # Its loss is finite: nothing else would have told the other rank.
+        assert found["reading"]["trouble"] == trouble.value
+        assert found["reading"]["votes"] == (1.0, 0.0, 2.0)
 
 
 def test_the_balance_is_that_of_all_ranks_except_with_published_compatibility(two_ranks):

@@ -1,6 +1,7 @@
 """Schedules against the published sequences, and what holds for every configuration."""
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,8 @@ from pytest import approx
 
 from nvae.config import NVAEConfig
 from pipeline.config import RunConfig
-from pipeline.training.schedules import schedule
+from pipeline.training.interventions import Intervention, Kind
+from pipeline.training.schedules import recovery_images, schedule
 from tests.nvae.published_cases import ORACLE
 
 SEQUENCES = ("ffhq_like", "celeba64_like", "imagenet_like", "nowarm")
@@ -116,3 +118,53 @@ def test_the_penalty_anneals_geometrically_while_the_kl_warms_up():
     assert halfway.spectral == approx(math.sqrt(1.0 * 1e-2))
     assert after.spectral == approx(1e-2)
     assert after.kl == 1
+
+
+factors = st.tuples(st.floats(1, 10), st.floats(0.1, 1))
+
+
+@given(
+    softenings=st.lists(st.tuples(st.integers(0, 900), factors), max_size=4),
+    recovery=st.floats(0.01, 1),
+    seen=st.integers(0, 1000),
+)
+def test_a_softening_is_its_factors_at_once_and_nothing_in_the_end(softenings, recovery, seen):
+    config = run_config(stability={"recovery_fraction": recovery})
+    done = [
+        Intervention(Kind.SOFTEN, at, "", 0, spectral_factor=up, learning_rate_factor=down)
+        for at, (up, down) in softenings
+    ]
+    span = recovery_images(config)
+    plain = schedule(config, seen, epoch_images=10)
+    now = schedule(config, seen, epoch_images=10, interventions=done)
+    assert now.kl == plain.kl
+    # Several multiply, each as far as it is still in force, and geometrically.
+    exponents = [max(0.0, 1 - (seen - each.images_seen) / span) for each in done]
+    assert now.spectral == approx(
+        plain.spectral
+        * math.prod(each.spectral_factor**left for each, left in zip(done, exponents, strict=True))
+    )
+    assert now.learning_rate == approx(
+        plain.learning_rate
+        * math.prod(each.learning_rate_factor**left for each, left in zip(done, exponents, strict=True))
+    )
+    if all(seen >= each.images_seen + span for each in done):
+        assert now == plain
+    # Pure: who asks again gets the same, and skips soften nothing.
+    skips = [Intervention(Kind.SKIP, each.images_seen, "") for each in done]
+    assert schedule(config, seen, epoch_images=10, interventions=[*done, *skips]) == now
+
+
+def test_a_softening_returns_without_a_jump():
+    config = run_config(stability={"recovery_fraction": 0.2})
+    done = [Intervention(Kind.SOFTEN, 300, "", 0, spectral_factor=8.0, learning_rate_factor=0.25)]
+    ratios = []
+    for seen in range(300, 520):
+        plain = schedule(config, seen, epoch_images=10)
+        now = schedule(config, seen, epoch_images=10, interventions=done)
+        ratios.append((now.spectral / plain.spectral, now.learning_rate / plain.learning_rate))
+    assert ratios[0] == approx((8.0, 0.25))
+    assert ratios[100] == approx((8.0**0.5, 0.25**0.5))
+    assert ratios[200:] == [(1.0, 1.0)] * 20
+    steps = [abs(math.log(after / before)) for (before, _), (after, _) in pairwise(ratios)]
+    assert max(steps) < 1.01 * math.log(8.0) / 200
