@@ -26,6 +26,7 @@ from cluster.options import (
     tracking_option,
     workers_option,
 )
+from cluster.track import track
 from nvae.config import NVAEConfigError
 from pipeline.errors import FailedError, InputError
 
@@ -78,7 +79,7 @@ def cli(verbose: bool) -> None:
     )
 
 
-for group in (lookups.shards, lookups.registry, lookups.runs, lookups.config):
+for group in (lookups.shards, lookups.registry, lookups.runs, track, lookups.config):
     cli.add_command(group)
 
 

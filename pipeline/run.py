@@ -28,12 +28,12 @@ from pipeline.models.export import Lineage, RegistryError, export
 from pipeline.models.registry import Registry, load
 from pipeline.preparation import Prepared, registered_name
 from pipeline.progress import evaluation_line
-from pipeline.run_folder import RunError, RunRecord, State
+from pipeline.run_folder import RunError, RunRecord
 from pipeline.training.checkpoint import Checkpoint, best, newest
 from pipeline.training.checkpoint_writer import CheckpointWriter, claim_attempt
 from pipeline.training.pace import pause_seconds
 from pipeline.training.recovery import DivergedError, agreed
-from pipeline.training.run_description import Status
+from pipeline.training.run_description import status_of
 from pipeline.training.state import Training
 from pipeline.training.tracking import NullTracker, RunTracker, Tracker, conclude, create_run
 from pipeline.training.train import train
@@ -153,15 +153,10 @@ def running(spec: RunSpec) -> Iterator[dict[str, Any]]:
             spec.url, state=end["state"], reason=end["reason"], result=end.get("result", {})
         )
         run_folder.clear_stop(spec.url)
-        run_id = conclude(spec.url, spec.tracking_uri, mlflow_status(end["state"]))
+        run_id = conclude(spec.url, spec.tracking_uri, status_of(end["state"]))
         # MLflow may have been away when the run began.
         if run_id not in ("", spec.mlflow_run_id):
             run_folder.update_record(spec.url, mlflow_run_id=run_id)
-
-
-def mlflow_status(state: State) -> Status:
-    """What MLflow calls the state of a run that is not running."""
-    return "FINISHED" if state == "finished" else "KILLED" if state == "stopped" else "FAILED"
 
 
 # -- on every worker --------------------------------------------------------------------

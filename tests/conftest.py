@@ -4,15 +4,18 @@ What costs seconds is made once, when a test first asks for it.
 """
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from mlflow import MlflowClient
 
 from pipeline.data import shards
 from tests import s3_server
 from tests.fault_proxy import FaultProxy
+from tests.mlflow_server import MlflowServer, serving
 from tests.tiny_run import IMAGES, YAML, Home
 
 # For tiny models: on a busy machine several threads wait for each other most of the time.
@@ -29,6 +32,30 @@ def shared_home(tmp_path_factory: pytest.TempPathFactory) -> Home:
     target = f"{home.store}/data/tiny"
     shards.build(f"portraits:{IMAGES}", target, image_size=16, validation_fraction=0.25)
     return home
+
+
+@pytest.fixture(scope="session")
+def _mlflow_tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty MLflow database. Making its tables takes seconds, so others are copies of it."""
+    database = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    MlflowClient(f"sqlite:///{database}").search_experiments()
+    return database
+
+
+@pytest.fixture
+def empty_mlflow(_mlflow_tables: Path, tmp_path: Path) -> str:
+    """The address of an MLflow of the test's own, without any run."""
+    shutil.copyfile(_mlflow_tables, tmp_path / "mlflow.db")
+    return f"sqlite:///{tmp_path}/mlflow.db"
+
+
+@pytest.fixture(scope="session")
+def mlflow_server(_mlflow_tables: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
+    """A real MLflow server for all tests, which leave it running."""
+    folder = tmp_path_factory.mktemp("server")
+    shutil.copyfile(_mlflow_tables, folder / "mlflow.db")
+    with serving(folder) as server:
+        yield server
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ MLflow is asked for every point it has, as it is at the very end.
 import hashlib
 import json
 import logging
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -44,16 +45,27 @@ class Delivered:
 
 def read_delivered(run_url: str, tracking_uri: str) -> Delivered:
     """What is known of an MLflow; nothing if it was never reached."""
-    url, shown = _url(run_url, tracking_uri), redact(tracking_uri)
+    return _read(_url(run_url, tracking_uri)) or Delivered(redact(tracking_uri))
+
+
+def all_delivered(run_url: str) -> list[Delivered]:
+    """What is known of every MLflow to which the journal was delivered."""
+    folder = storage.join(run_url, "journal")
+    names = [name for name in storage.list_dir(folder) if re.fullmatch(r"delivered-\w+\.json", name)]
+    return [known for name in sorted(names) if (known := _read(storage.join(folder, name)))]
+
+
+def _read(url: str) -> Delivered | None:
     try:
         known = Delivered(**json.loads(storage.read_bytes(url)))
         known.segments = {str(name): int(length) for name, length in known.segments.items()}
+        known.files = {str(path): str(folder) for path, folder in known.files.items()}
         return known
     except storage.MissingError:
-        return Delivered(shown)
+        return None
     except (ValueError, TypeError, AttributeError):
         logger.warning("%s is damaged; MLflow is asked what it has", url)
-        return Delivered(shown)
+        return None
 
 
 def _url(run_url: str, tracking_uri: str) -> str:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from pipeline import storage
 from pipeline.errors import InputError
+from pipeline.run_folder import State
 
 Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
 """In MLflow's words; KILLED is a run that was stopped and may be continued."""
@@ -81,6 +82,14 @@ def read_description(run_url: str) -> RunDescription | None:
 
 def _url(run_url: str) -> str:
     return storage.join(run_url, "journal", "mlflow.json")
+
+
+def status_of(state: State) -> Status:
+    """What MLflow calls the state of a run that nobody is running.
+
+    Who was killed could not record it: their runs say that they are running.
+    """
+    return "FINISHED" if state == "finished" else "FAILED" if state in ("failed", "diverged") else "KILLED"
 
 
 def check_tracking_uri(uri: str) -> None:

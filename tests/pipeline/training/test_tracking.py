@@ -28,15 +28,14 @@ from pipeline.training.tracking import (
     undelivered,
 )
 from tests.fault_proxy import Fail, FaultProxy, Reset
-from tests.mlflow_server import serving
+from tests.mlflow_server import MlflowServer
 
 PNG = b"\x89PNG not really"
 
 
-@pytest.fixture(scope="module")
-def sqlite(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """One database for all tests: making its tables takes seconds."""
-    return default_tracking_uri(str(tmp_path_factory.mktemp("store")))
+@pytest.fixture
+def sqlite(empty_mlflow: str) -> str:
+    return empty_mlflow
 
 
 @pytest.fixture
@@ -474,10 +473,10 @@ def test_ranks_that_do_not_track_accept_every_call() -> None:
 # -- outages of a real server -----------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultProxy]:
+@pytest.fixture
+def proxy(mlflow_server: MlflowServer) -> Iterator[FaultProxy]:
     """In front of a real MLflow server."""
-    with serving(tmp_path_factory.mktemp("mlflow")) as server, FaultProxy(server.url) as proxy:
+    with FaultProxy(mlflow_server.url) as proxy:
         yield proxy
 
 
