@@ -18,12 +18,15 @@ from collections.abc import Callable, Sequence
 import torch
 
 from tests.faults import training_kills as kills
+from tests.faults import training_nodes as nodes
 from tests.faults import training_poison as poison
 from tests.faults.training_runs import HEADING, Place, TrainingRow, place
 
 ROWS: dict[str, Callable[[Place], TrainingRow]] = {
     "worker": kills.workers,
+    "raylet": nodes.raylets,
     "driver": kills.drivers,
+    "width": nodes.widths,
     "nan": poison.nans,
 }
 

@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from uuid import uuid4
 
@@ -47,6 +47,9 @@ class TrainingRow(Row):
     """None: the fault leaves no history to compare."""
     recoveries: tuple[float, ...] = ()
     """Seconds from each fault to the first update after it."""
+
+    def with_more(self, measured: str) -> "TrainingRow":
+        return replace(self, measured=f"{self.measured}; {measured}")
 
     def line(self, seconds: float) -> str:
         lost = f"{self.history.lost:5,} {self.history.repeated:8,}" if self.history else f"{'':14}"
