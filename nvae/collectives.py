@@ -26,11 +26,12 @@ from torch.autograd import Variable
 class Stopwatch:
     """Adds up the time spent in its `with` blocks, which may not be nested.
 
-    On a CUDA device that is the time between two points of its current stream, which nobody
-    waits for before `read`; elsewhere it is the time of the host.
+    On a CUDA device that is the time between two points of its current stream, for which nobody
+    waits before `read`; elsewhere it is the time of the host.
     """
 
     def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._on_device = device.type == "cuda"
         self._seconds = 0.0
         self._began = 0.0
@@ -67,7 +68,7 @@ class Stopwatch:
 
     def _record(self) -> None:
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record()
+        event.record(torch.cuda.current_stream(self._device))
         self._events.append(event)
 
 
