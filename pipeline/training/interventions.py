@@ -7,6 +7,7 @@ the ladder (stability.py) for what is left of its budget, and people for what ha
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
+from types import MappingProxyType
 from typing import Any
 
 
@@ -24,6 +25,17 @@ class Kind(StrEnum):
     GIVE_UP = "give_up"
     """The training ended."""
 
+
+NAMES = MappingProxyType(
+    {
+        f"stability/{Kind.SKIP}": "updates left out since the first image",
+        f"stability/{Kind.CLIP}": "how often long gradients began to be shortened",
+        f"stability/{Kind.ROLL_BACK}": "how often weights came back from a checkpoint",
+        f"stability/{Kind.SOFTEN}": "how often they did and coefficients became gentler",
+        f"stability/{Kind.GIVE_UP}": "1 at the end of a run that diverged for good",
+    }
+)
+"""Metrics, each with a point when it changes."""
 
 ROLLBACKS = (Kind.ROLL_BACK, Kind.SOFTEN)
 

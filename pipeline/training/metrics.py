@@ -25,7 +25,7 @@ from nvae.config import NVAEConfig
 from nvae.objective import active_channels, bits_per_dim
 from nvae.step import Coefficients, StepResult
 from pipeline import storage
-from pipeline.training import machine
+from pipeline.training import interventions, machine
 from pipeline.training.machine import Machine, fold
 from pipeline.training.worker import Worker
 
@@ -61,6 +61,9 @@ NAMES = MappingProxyType(
         "data/corrupt_samples": "left out of the loss because they could not be read; all ranks together",
         "data/store_retries": "requests to stores, for whatever purpose, made again; all ranks together",
         "data/cached_fraction": "share of the bytes of shards that came from the local cache; 0 without one",
+        "stability/loss_score": "robust deviations above the median of the updates before; highest",
+        "stability/gradient_score": "the same of the logarithm of the gradient's norm",
+        **interventions.NAMES,
         **machine.NAMES,
     }
 )

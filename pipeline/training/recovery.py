@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import torch
 
+from pipeline import storage
 from pipeline.training.checkpoint import Checkpoint, newest, open_attempt
 from pipeline.training.interventions import ROLLBACKS, Intervention, Kind, rollbacks
 from pipeline.training.stability import Verdict
@@ -140,7 +141,7 @@ def farewell(training: Training, state: TrainState, onset: int) -> str:
         each for each in state.interventions if each.images_seen > onset and each.kind is not Kind.CLIP
     ]
     keys = list(dict.fromkeys(key for each in reversed(skipped) for key in each.keys))
-    files = "" if training.url is None else f" (all of them in {training.url}/files/stability)"
+    files = "" if training.url is None else f" (all of them in {storage.shown(training.url)}/files/stability)"
     return (
         f"{last.reason}, at {last.images_seen:,} images, after {rollbacks(state.interventions)} rollbacks. "
         f"Skipped were, among others, {', '.join(keys[:KEYS_SHOWN])}{files}. Look at these samples; raise "

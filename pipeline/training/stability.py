@@ -23,7 +23,7 @@ that is too low cannot freeze a training (openai/vdvae issue 25).
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import takewhile
 from statistics import median
@@ -88,9 +88,6 @@ class Verdict:
     kind: Kind | None = None
     """What is to be done; None: go on."""
     reason: str = ""
-    loss_score: float = 0.0
-    """Robust deviations above the middle; 0 where it is not known."""
-    gradient_score: float = 0.0
 
 
 def limits(config: StabilityConfig, condition: Condition) -> Limits:
@@ -98,8 +95,8 @@ def limits(config: StabilityConfig, condition: Condition) -> Limits:
     if not config.enabled:
         return Limits()
     return Limits(
-        loss=_Scale.of(condition.losses, _LOSS_FLOOR, relative=True).at(config.loss_limit),
-        gradient_norm=_exp(_Scale.of(condition.log_norms, _LOG_NORM_FLOOR).at(config.gradient_limit)),
+        loss=_loss_scale(condition).at(config.loss_limit),
+        gradient_norm=_exp(_norm_scale(condition).at(config.gradient_limit)),
         clip=condition.clipping,
     )
 
@@ -119,13 +116,12 @@ def judge(
     """
     if reading.made:
         return _made(config, condition, reading, images_seen)
-    troubles = (*condition.troubles, reading.trouble.value)[-WINDOW:]
-    onset = images_seen if condition.onset is None else condition.onset
-    now = replace(condition, troubles=troubles, onset=onset, calm=0)
     reason = describe(reading, limits(config, condition))
+    now = replace(condition, troubles=(*condition.troubles, reading.trouble.value)[-WINDOW:])
     if not config.enabled:
         return Verdict(now, Kind.SKIP, reason)
-    skips, how_often = _too_many(config, troubles)
+    now = replace(now, onset=images_seen if now.onset is None else now.onset, calm=0)
+    skips, how_often = _too_many(config, now.troubles)
     if not skips:
         return Verdict(now, Kind.SKIP, reason)
     if all(trouble == Trouble.GRADIENT_SPIKE.value for trouble in skips):
@@ -137,17 +133,26 @@ def judge(
     return Verdict(now, kind, f"{how_often}; the last one: {reason}")
 
 
+def scores(condition: Condition, reading: Reading) -> tuple[float, float]:
+    """Of the loss and of the gradient's norm: how many robust deviations above the middle.
+
+    0 where the window knows too little.
+    """
+    return (
+        _loss_scale(condition).score(reading.loss),
+        _norm_scale(condition).score(_log(reading.gradient_norm)),
+    )
+
+
 def _made(config: StabilityConfig, condition: Condition, reading: Reading, images_seen: int) -> Verdict:
-    log_norm = math.log(max(reading.gradient_norm, 1e-30))
-    loss_score = _Scale.of(condition.losses, _LOSS_FLOOR, relative=True).score(reading.loss)
-    gradient_score = _Scale.of(condition.log_norms, _LOG_NORM_FLOOR).score(log_norm)
+    loss_score, gradient_score = scores(condition, reading)
     suspicious = (
         loss_score > SUSPICIOUS * config.loss_limit or gradient_score > SUSPICIOUS * config.gradient_limit
     )
     now = replace(
         condition,
         losses=(*condition.losses, reading.loss)[-WINDOW:],
-        log_norms=(*condition.log_norms, log_norm)[-WINDOW:],
+        log_norms=(*condition.log_norms, _log(reading.gradient_norm))[-WINDOW:],
         troubles=(*condition.troubles, 0)[-WINDOW:],
     )
     if config.enabled and suspicious and now.onset is None:
@@ -157,7 +162,7 @@ def _made(config: StabilityConfig, condition: Condition, reading: Reading, image
         # After as many updates as the window holds, it says nothing any more of how it was before.
         if now.calm >= CALM or now.made >= WINDOW:
             now = replace(now, onset=None, calm=0, made=0, clipping=False)
-    return Verdict(now, loss_score=loss_score, gradient_score=gradient_score)
+    return Verdict(now)
 
 
 def describe(reading: Reading, limits: Limits) -> str:
@@ -198,19 +203,31 @@ class _Scale:
     deviation: float
 
     @classmethod
-    def of(cls, window: Sequence[float], floor: float, *, relative: bool = False) -> "_Scale":
+    def of(cls, window: Sequence[float], floor: Callable[[float], float]) -> "_Scale":
         """Deviation inf, so that nothing is far off, as long as too little is known."""
         if len(window) < ENOUGH:
             return cls(0.0, math.inf)
         middle = median(window)
         deviation = _DEVIATION * median(abs(value - middle) for value in window)
-        return cls(middle, max(deviation, floor * abs(middle) if relative else floor))
+        return cls(middle, max(deviation, floor(middle)))
 
     def score(self, value: float) -> float:
         return (value - self.middle) / self.deviation
 
     def at(self, score: float) -> float:
         return self.middle + score * self.deviation
+
+
+def _loss_scale(condition: Condition) -> _Scale:
+    return _Scale.of(condition.losses, lambda middle: _LOSS_FLOOR * abs(middle))
+
+
+def _norm_scale(condition: Condition) -> _Scale:
+    return _Scale.of(condition.log_norms, lambda _: _LOG_NORM_FLOOR)
+
+
+def _log(norm: float) -> float:
+    return math.log(max(norm, 1e-30))
 
 
 def _exp(logarithm: float) -> float:

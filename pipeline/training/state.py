@@ -45,6 +45,9 @@ class TrainState:
     checkpoint_due: bool = False
     """Whether a checkpoint fell due that has still to be written; no part of one, of course."""
 
+    _highest: tuple[float, float] = (0.0, 0.0)
+    """Scores since the last log line, of loss and gradient."""
+
     @classmethod
     def create(
         cls, config: RunConfig, worker: Worker, resume: Checkpoint | None, initial: NVAE | None
@@ -114,6 +117,17 @@ class TrainState:
             "interventions": interventions_of.to_record(self.interventions),
             "evaluation_due": self.evaluation_due,
         }
+
+    def note_scores(self, scores: tuple[float, float]) -> None:
+        """How far an update was off (stability.py); what is not finite has no score."""
+        finite = [score if math.isfinite(score) else 0.0 for score in scores]
+        self._highest = (max(self._highest[0], finite[0]), max(self._highest[1], finite[1]))
+
+    def highest_scores(self) -> dict[str, float]:
+        """The highest since they were last asked for, by their metrics' names."""
+        loss, gradient = self._highest
+        self._highest = (0.0, 0.0)
+        return {"stability/loss_score": loss, "stability/gradient_score": gradient}
 
     def is_finite(self) -> bool:
         """Whether every weight and all that belongs to it is a number. Waits for the device."""

@@ -32,7 +32,7 @@ from pipeline.training.metrics import Metrics
 from pipeline.training.profiling import Profiling
 from pipeline.training.recovery import DivergedError, intervene
 from pipeline.training.schedules import recovery_images, schedule
-from pipeline.training.stability import judge, limits
+from pipeline.training.stability import judge, limits, scores
 from pipeline.training.state import Training, TrainState
 from pipeline.training.validation import StoppedError, evaluate_and_show
 
@@ -164,6 +164,7 @@ def respond(training: Training, state: TrainState, reading: Reading, batch: Batc
     Returns what was done against divergence; None where all is well.
     """
     config = training.config
+    state.note_scores(scores(state.condition, reading))
     verdict = judge(
         config.stability,
         state.condition,
@@ -193,7 +194,7 @@ def step_settings(config: RunConfig, images: int) -> StepSettings:
 def log(training: Training, state: TrainState, metrics: Metrics) -> None:
     """Note and show the numbers since the log line before."""
     config = training.config
-    numbers = metrics.reduce()
+    numbers = metrics.reduce() | state.highest_scores()
     training.tracker.log(numbers, at=state.images_seen)
     training.worker.say(training_line(numbers, state.images_seen, config.train.total_images))
     if not config.stability.enabled:
@@ -218,32 +219,32 @@ def look_and_save(
     What is due amid an episode of trouble waits for its end: weights of unknown health are saved
     only when the run leaves them.
     """
-    scores: dict[str, float] = {}
+    found: dict[str, float] = {}
     if state.evaluation_due and not stopping:
         training.worker.mark("evaluate", state.images_seen)
         try:
-            scores = evaluate_and_show(training, state)
+            found = evaluate_and_show(training, state)
             state.evaluation_due = False
         except StoppedError:
             # It is made anew when the run continues.
             stopping = True
-    score = scores.get(BEST_METRIC, math.inf)
-    due = state.checkpoint_due or score < state.best
+    bits = found.get(BEST_METRIC, math.inf)
+    due = state.checkpoint_due or bits < state.best
     if (due and state.condition.onset is None) or stopping or cadence.at_the_end:
         training.worker.mark("checkpoint", state.images_seen)
-        state.best = min(state.best, score)
+        state.best = min(state.best, bits)
         state.checkpoint_due = False
-        save(training, state, scores)
+        save(training, state, found)
     return "stopped" if stopping else None
 
 
-def save(training: Training, state: TrainState, scores: Mapping[str, float]) -> None:
+def save(training: Training, state: TrainState, metrics: Mapping[str, float]) -> None:
     """Write a checkpoint in the background; all ranks tell whoever started them."""
     if training.checkpoints is not None:
         if state.is_finite():
             record = state.record(training.config, training.data.content_hash)
             sound = state.condition.onset is None
-            training.checkpoints.save(state.tensors(), record, state.images_seen, scores, sound=sound)
+            training.checkpoints.save(state.tensors(), record, state.images_seen, metrics, sound=sound)
         else:
             logger.warning("no checkpoint at %s images: its weights are not finite", f"{state.images_seen:,}")
-    training.worker.report({"images_seen": state.images_seen, **scores})
+    training.worker.report({"images_seen": state.images_seen, **metrics})

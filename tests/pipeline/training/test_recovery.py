@@ -9,17 +9,16 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
-from pipeline.config import RunConfig
 from pipeline.data.index import load_index
 from pipeline.data.loader import training_batches
-from pipeline.training.checkpoint import Checkpoint, checkpoints, newest, open_attempt
-from pipeline.training.checkpoint_writer import CheckpointWriter, claim_attempt
+from pipeline.training.checkpoint import checkpoints, newest, open_attempt
 from pipeline.training.interventions import Intervention, Kind
+from pipeline.training.machine import Machine
 from pipeline.training.metrics import Metrics
 from pipeline.training.recovery import newest_sound
 from pipeline.training.state import Training, TrainState
 from pipeline.training.tracking import NullTracker
-from pipeline.training.train import step, train
+from pipeline.training.train import step
 from pipeline.training.worker import LocalWorker
 from tests.injecting import (
     CrashError,
@@ -32,59 +31,12 @@ from tests.injecting import (
     crash,
     stop,
 )
+from tests.pipeline.training.launches import Launches, assert_same, tensors
 from tests.tiny_run import Home
 
 # Updates of 4 images: the trouble is in those that begin at 20, 24, 28, 32 and 36.
 EPISODE: Mapping[Any, Injection] = dict.fromkeys(range(20, 40, 4), break_image)
 OFTEN = ("cadence.checkpoint_images=4", "checkpoint.keep=20", "cadence.evaluate_images=1000")
-
-
-class Launches:
-    """Launches of one run without Ray and MLflow, each from the newest checkpoint on."""
-
-    def __init__(self, home: Home, url: Path, *overrides: str) -> None:
-        self.url = str(url)
-        self.config: RunConfig = home.config(f"data.root={home.store}/data/tiny", *overrides)
-        self.lines: list[str] = []
-
-    def launch(self, injections: Mapping[Any, Injection] | None = None) -> str:
-        worker = Injecting(LocalWorker(), injections or {})
-        writer = CheckpointWriter(self.url, claim_attempt(self.url), self.config.checkpoint.keep)
-        data = load_index(self.config.data.root)
-        try:
-            return train(
-                Training(self.config, data, worker, NullTracker(), writer, self.url), newest(self.url)
-            )
-        finally:
-            writer.wait()
-            self.lines += worker.lines
-
-    @property
-    def last(self) -> Checkpoint:
-        found = newest(self.url)
-        assert found is not None
-        return found
-
-    @property
-    def done(self) -> list[tuple[str, int, int | None]]:
-        """(kind, images seen, back to) of every intervention."""
-        interventions = self.last.record["interventions"]
-        return [(each["kind"], each["images_seen"], each["back_to"]) for each in interventions]
-
-
-def tensors(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    return {
-        f"{file}/{name}": tensor
-        for file in ("model", "ema", "optimizer")
-        for name, tensor in checkpoint.load(file).items()
-    }
-
-
-def assert_same(one: Checkpoint, other: Checkpoint) -> None:
-    expected, found = tensors(one), tensors(other)
-    assert expected.keys() == found.keys()
-    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
-    assert dict(one.record) == dict(other.record)
 
 
 # -- skip -------------------------------------------------------------------------------
@@ -206,7 +158,7 @@ def test_what_follows_a_rollback_has_other_noise_and_what_softens_gentler_coeffi
     def loss(*interventions: Intervention) -> tuple[float, float]:
         state = TrainState.create(config, worker, None, None)
         state.interventions = list(interventions)
-        metrics = Metrics(worker, config.model)
+        metrics = Metrics(worker, config.model, Machine(worker.device, {}))
         result = step(training, state, state.model, batch, metrics)
         return result.reading.loss, metrics.reduce()["schedule/spectral_coefficient"]
 
