@@ -183,7 +183,8 @@ class Metrics:
             retries - self._retries_before,
         ]
         self._retries_before = retries
-        summands = (torch.tensor(counts), self._table(), self._images_passed[None], self._sums)
+        mine = torch.tensor(counts, dtype=torch.float64)
+        summands = (mine, self._table(), self._images_passed[None], self._sums)
         vector = torch.cat([part.to(self._sums).flatten() for part in summands])
         # The one moment at which the host waits for the device.
         over_ranks = self._worker.all_reduce(vector).cpu()
@@ -224,7 +225,8 @@ class Metrics:
             **self._machine.read(),
         }
         table = torch.zeros(self._worker.world_size, len(PER_RANK), dtype=torch.float64)
-        table[self._worker.rank] = torch.tensor([found.get(name, math.nan) for name in PER_RANK])
+        mine = [found.get(name, math.nan) for name in PER_RANK]
+        table[self._worker.rank] = torch.tensor(mine, dtype=torch.float64)
         return table
 
     def _means(self, sums: Tensor) -> dict[str, float]:

@@ -207,6 +207,16 @@ def test_corrupt_samples_and_cached_bytes_are_those_of_all_ranks() -> None:
     assert found["data/cached_fraction"] == 0.75
 
 
+def test_numbers_of_the_host_keep_all_their_digits() -> None:
+    metrics = local(clock=(0.0001 + 16_777_217 * tick for tick in count()))
+    reading = {"transferred_bytes": 10**12, "cached_bytes": 1}
+    metrics.add(step(), COEFFICIENTS, wait_seconds=16_777_217.0, corrupt_samples=16_777_217, **reading)
+    found = metrics.reduce()
+    assert found["data/corrupt_samples"] == found["data/wait_seconds/max"] == 16_777_217
+    assert found["data/cached_fraction"] == pytest.approx(1e-12)
+    assert found["speed/seconds_per_step"] == pytest.approx(16_777_217, rel=1e-12)
+
+
 def test_requests_made_again_count_for_the_interval_in_which_they_were() -> None:
     limits.count(retries=5)
     metrics = local()
