@@ -12,7 +12,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export MLFLOW_DISABLE_TELEMETRY := true
 
 .DEFAULT_GOAL := help
-.PHONY: help train test lint campaign faults-data bench-data bench-formats clean
+.PHONY: help train test lint campaign faults faults-data bench-data bench-formats bench-overhead bench-divergence clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-15s%s\n", $$1, $$2}' Makefile
@@ -33,6 +33,9 @@ lint: .venv/installed  ## style, types and import contracts alone
 campaign: .venv/installed .venv-s3/installed  ## the long tests: faults, restores, installation from a wheel
 	$(BIN)/python -m pytest -m campaign
 
+faults: .venv/installed  ## faults of a training, real processes killed: tried, survived, images lost
+	$(BIN)/python -m tests.faults.training $(if $(ONLY),--only $(ONLY)) $(if $(SEED),--seed $(SEED))
+
 faults-data: .venv/installed .venv-s3/installed  ## faults and hostile inputs of the data path: tried, survived
 	$(BIN)/python -m tests.faults.data $(if $(ONLY),--only $(ONLY))
 
@@ -41,6 +44,12 @@ bench-data: .venv/installed .venv-s3/installed  ## the loader beside stock WebDa
 
 bench-formats: .venv/installed  ## bytes and speed of image formats and their decoders
 	$(BIN)/python -m tests.benchmarks.formats
+
+bench-overhead: .venv/installed  ## a run, and Ray Train, beside bare loops on the same model
+	$(BIN)/python -m tests.benchmarks.overhead
+
+bench-divergence: .venv/installed  ## a training that diverges, and how it is kept from it
+	$(BIN)/python -m tests.benchmarks.divergence
 
 clean:  ## remove what was installed and cached; runs and models in nvae-store stay
 	rm -rf .venv .venv-s3 .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

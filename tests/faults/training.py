@@ -19,6 +19,7 @@ import torch
 
 from tests.faults import training_kills as kills
 from tests.faults import training_nodes as nodes
+from tests.faults import training_outages as outages
 from tests.faults import training_poison as poison
 from tests.faults.training_runs import HEADING, Place, TrainingRow, place
 
@@ -28,12 +29,13 @@ ROWS: dict[str, Callable[[Place], TrainingRow]] = {
     "driver": kills.drivers,
     "width": nodes.widths,
     "nan": poison.nans,
+    "tracking": outages.tracking,
 }
 
 
 def run(names: Sequence[str], seed: int, short: bool) -> list[TrainingRow]:
     """Make the injections of the rows `names`; print each row as soon as it is there."""
-    rows = []
+    rows: list[TrainingRow] = []
     print(HEADING, flush=True)
     for name in names:
         begun = time.monotonic()

@@ -1,7 +1,7 @@
 """`python -m tests.faults.training_entry NOTES train ...` is `nvae train ...` whose workers take notes.
 
-Nothing else is changed: each rank of each launch writes a file of its own into the folder NOTES
-(training_notes.py).
+Each rank of each launch writes a file of its own into the folder NOTES (training_notes.py). Nothing
+else is changed, but that a training grows sooner.
 """
 
 import sys
@@ -9,12 +9,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cluster import cli
+from cluster import cli, supervision
 from cluster import launch as launching
 from pipeline import run
 from pipeline.training.worker import Worker
 from tests.faults.training_notes import noted
 from tests.faults.training_poison import poisoned
+
+GROW_SECONDS = 10.0
+"""Sooner than users would have it, so that a training grows again between two faults."""
 
 
 def work(arguments: Mapping[str, Any], worker: Worker) -> dict[str, Any]:
@@ -33,6 +36,7 @@ def main(notes: str, *command: str) -> None:
         return launch(f"{work.__module__}:work", {"spec": arguments, "notes": notes}, **more)
 
     launching.launch = launch_noted
+    supervision.GROW_SECONDS = GROW_SECONDS
     sys.argv = ["nvae", *command]
     cli.main()
 

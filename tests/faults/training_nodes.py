@@ -20,27 +20,29 @@ def raylets(place: Place) -> TrainingRow:
     with nodes(1, 1) as cluster:
         broken.start(RAY_ADDRESS=cluster.address)
         alive = [0, 1]
-        for images in moments(place.seed, kills, updates):
+        for kills_so_far, images in enumerate(moments(place.seed, kills, updates)):
             with tally.attempt(f"a node killed at {images} images"):
                 broken.wait_for_images(images)
-                recoveries.append(_kill_node(cluster, chance.choice(alive), alive, broken))
+                busy = [number for number in alive if cluster.workers(number)]
+                victim = chance.choice(busy)
+                recoveries.append(_kill_node(cluster, victim, broken))
+                alive.remove(victim)
                 cluster.add()
-                alive.append(alive[-1] + 1)
+                alive.append(kills_so_far + 2)
         broken.finish()
     row = judged(tally, "L2", "SIGKILL of a raylet, later another joins", broken, recoveries, NODE_SECONDS)
     return row.with_more(f"workers: {_changes(broken)}")
 
 
-def _kill_node(cluster: Nodes, victim: int, alive: list[int], broken: Training) -> float:
-    """Seconds until a later launch has made an update, or the same one if it had no worker there."""
-    busy = cluster.workers(victim)
+def _kill_node(cluster: Nodes, victim: int, broken: Training) -> float:
+    """Seconds until a later launch has made an update."""
+    workers = cluster.workers(victim)
     (launch,) = {rank.launch for rank in broken.notes.newest()}
     moment = time.monotonic()
     cluster.kill(victim)
     # A machine that fails takes everything along; here the workers would outlive their raylet a little.
-    kill(*busy)
-    alive.remove(victim)
-    return broken.wait_for_update(moment, launch if busy else launch - 1)
+    kill(*workers)
+    return broken.wait_for_update(moment, launch)
 
 
 def widths(place: Place) -> TrainingRow:

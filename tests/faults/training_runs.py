@@ -19,13 +19,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from uuid import uuid4
 
+import pytest
 import torch
 
 from pipeline.config import RunConfig
 from pipeline.data import shards
 from pipeline.data.index import Index, load_index
 from pipeline.training.checkpoint import newest
-from tests.faults.injection import Row, environment_of_child
+from tests.faults.injection import Row
 from tests.faults.training_notes import History, Notes, history
 from tests.tiny_run import YAML, Home
 
@@ -70,14 +71,11 @@ HEADING = (
 
 @dataclass
 class Place:
-    """Where a row works: a folder of its own, a store with the data set `store:tiny`, a mark."""
+    """Where a row works: a folder of its own, with a store that holds the data set `store:tiny`."""
 
     home: Home
     seed: int
     short: bool
-    mark: str
-    ray_folder: str
-    """For Ray's sessions and sockets, whose paths must be short."""
 
     @property
     def folder(self) -> Path:
@@ -87,36 +85,35 @@ class Place:
     def index(self) -> Index:
         return load_index(f"{self.home.store}/data/tiny")
 
-    def environment(self, **more: str) -> dict[str, str]:
-        """Of every process that the row starts."""
-        own = {
-            MARK: self.mark,
-            "PYTHONPATH": str(ROOT),
-            "RAY_TMPDIR": self.ray_folder,
-            "OMP_NUM_THREADS": "1",
-        }
-        return environment_of_child(**own, **more)
-
 
 @contextmanager
 def place(seed: int, short: bool) -> Iterator[Place]:
-    """A place for one row; nothing of it is left behind, neither files nor processes."""
+    """A place for one row, marked in this process's environment, which all that it starts inherit.
+
+    Nothing of it is left behind, neither files nor processes.
+    """
+    mark = uuid4().hex
     with (
         tempfile.TemporaryDirectory(prefix="nvae-faults-", ignore_cleanup_errors=True) as folder,
-        tempfile.TemporaryDirectory(prefix="nf", dir="/tmp", ignore_cleanup_errors=True) as ray_folder,
+        tempfile.TemporaryDirectory(prefix="nf", ignore_cleanup_errors=True) as ray_folder,
+        pytest.MonkeyPatch.context() as environment,
     ):
+        for name in ("NVAE_STORE", "MLFLOW_TRACKING_URI", "RAY_ADDRESS"):
+            environment.delenv(name, raising=False)
+        own = {MARK: mark, "PYTHONPATH": str(ROOT), "RAY_TMPDIR": ray_folder, "OMP_NUM_THREADS": "1"}
+        for name, value in own.items():
+            environment.setenv(name, value)
         home = Home(Path(folder))
         Path(home.yaml).write_text(YAML)
         shards.build("portraits:61", f"{home.store}/data/tiny", image_size=16, validation_count=6)
-        here = Place(home, seed, short, uuid4().hex, ray_folder)
         try:
-            yield here
+            yield Place(home, seed, short)
         finally:
-            end_all(here.mark)
+            end_all(mark)
 
 
 def marked(mark: str) -> list[int]:
-    """The processes that carry a mark; the dead that nobody has buried are none."""
+    """The processes that were started with a mark; the dead that nobody has buried are none."""
     wanted = f"{MARK}={mark}".encode()
     found = []
     for process in Path("/proc").iterdir():
@@ -188,7 +185,7 @@ class Training:
             self.driver = subprocess.Popen(
                 [sys.executable, "-m", PROGRAM, str(self.folder), "train", *words],
                 cwd=self.place.folder,
-                env=self.place.environment(**environment),
+                env={**os.environ, **environment},
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=subprocess.STDOUT,
