@@ -21,6 +21,6 @@ def tracking(place: Place) -> TrainingRow:
         "outages of tracking",
         sum(each.tried for each in outcomes),
         sum(each.survived for each in outcomes),
-        f"of {points} points {lost} lost, {doubled} doubled; calls took the training at most {slowest:.0f} ms",
+        f"of {points} points {lost} lost, {doubled} doubled; the longest call took {slowest:.0f} ms",
         tuple(f"{each.name}: {what}" for each in outcomes for what in each.broken),
     )
