@@ -14,6 +14,7 @@ from pipeline.training.profiling import UPDATES, Profiling
 from pipeline.training.state import Training
 from pipeline.training.tracking import NullTracker
 from pipeline.training.train import train
+from pipeline.training.watchdog import Limits, Mark
 from pipeline.training.worker import LocalWorker
 from tests.tiny_run import Home
 
@@ -87,6 +88,12 @@ def test_a_profile_at_the_first_image_is_one():
 def test_a_training_that_was_not_asked_or_continues_behind_makes_none(at_images):
     files, meetings = profiled(at_images, images=range(8, 40, 4))
     assert (files.files, meetings) == ({}, 0)
+
+
+def test_the_watchdog_waits_for_a_profile_longer_than_for_an_update():
+    limits = Limits(stall_seconds=90.0, stall_steps=20)
+    profile, update = (limits.seconds(Mark(phase, step_seconds=1.0)) for phase in ("profile", "update"))
+    assert profile >= 5 * update
 
 
 def test_a_loop_that_fails_amid_a_profile_leaves_the_profiler_stopped():
