@@ -145,8 +145,9 @@ class CadenceConfig(Section):
 
 
 class CheckpointConfig(Section):
-    keep: int = Field(3, ge=1, json_schema_extra=RESUMABLE)
-    """Newest checkpoints to keep; the best one is kept besides."""
+    keep: int = Field(3, ge=2, json_schema_extra=RESUMABLE)
+    """Newest checkpoints to keep; the best one is kept besides. At least two: when the last one is
+    damaged, or was saved when trouble had begun already, the one before is needed."""
 
 
 class StabilityConfig(Section):

@@ -20,11 +20,12 @@ from typing import Any, TypeVar
 
 from nvae.model import NVAE
 from pipeline import config_file, run_folder, storage
+from pipeline.artifacts import MANIFEST
 from pipeline.config import RunConfig
 from pipeline.data.index import VALIDATION, load_index
 from pipeline.errors import FailedError
 from pipeline.models.evaluation import evaluate
-from pipeline.models.export import Lineage, RegistryError, export
+from pipeline.models.export import Lineage, RegistryError, export, load_directory, write_weights
 from pipeline.models.registry import Registry, load
 from pipeline.preparation import Prepared, registered_name
 from pipeline.progress import evaluation_line
@@ -76,6 +77,7 @@ def begin(prepared: Prepared) -> RunSpec:
             f"The run {prepared.name!r} was run by somebody else just now; repeat the command to continue it."
         )
     run_folder.clear_stop(prepared.url)
+    _keep_initial_weights(prepared)
     run_id = create_run(
         prepared.tracking_uri,
         run_url=prepared.url,
@@ -106,6 +108,18 @@ def begin(prepared: Prepared) -> RunSpec:
         mlflow_run_id=record.mlflow_run_id,
         initial_model=record.initial_model,
     )
+
+
+def _keep_initial_weights(prepared: Prepared) -> None:
+    """A copy for the run itself: where they come from may be deleted, or away, when it needs them again."""
+    url = _initial_weights(prepared.url)
+    if prepared.initial_model is not None and not storage.exists(storage.join(url, MANIFEST)):
+        loaded = load(prepared.initial_model, prepared.tracking_uri)
+        write_weights(url, loaded.model, loaded.config)
+
+
+def _initial_weights(run_url: str) -> str:
+    return storage.join(run_url, "initial")
 
 
 def _tags(prepared: Prepared) -> dict[str, str]:
@@ -175,7 +189,6 @@ def work(arguments: Mapping[str, Any], worker: Worker) -> dict[str, Any]:
     data = load_index(config.data.root)
     if data.content_hash != spec.data_hash:
         raise RunError(f"{config.data.root} was replaced by another data set after the run was begun.")
-    resume = agreed(partial(newest, spec.url), spec.url, worker)
     with ExitStack() as stack:
         tracker, checkpoints = _writers(spec, config, worker, stack)
         training = Training(
@@ -188,6 +201,8 @@ def work(arguments: Mapping[str, Any], worker: Worker) -> dict[str, Any]:
             initial=partial(_initial_model, spec),
         )
         try:
+            # With the attempt claimed: a launch before, should it live, deletes nothing meanwhile.
+            resume = agreed(partial(newest, spec.url), spec.url, worker)
             return _work(training, spec, resume)
         except BaseException:
             tracker.status("FAILED")
@@ -237,7 +252,7 @@ def _writers(
 
 def _initial_model(spec: RunSpec) -> NVAE | None:
     """The model whose weights the run begins with, if it is to begin with a model's."""
-    return load(spec.initial_model, spec.tracking_uri).model if spec.initial_model else None
+    return load_directory(_initial_weights(spec.url)).model if spec.initial_model else None
 
 
 def _train(training: Training, resume: Checkpoint | None) -> tuple[str, str]:
@@ -337,7 +352,7 @@ def _until_mlflow_answers(ask: Callable[[], Answer], spec: RunSpec) -> Answer:
             failures += 1
             if time.monotonic() - begun > REGISTRATION_SECONDS:
                 raise FailedError(
-                    f"Trained, but not registered: {error}\nRun the same command again when "
+                    f"The model is trained, but not registered: {error}\nRun the same command again when "
                     f"MLflow at {storage.shown(spec.tracking_uri)} answers."
                 ) from error
             time.sleep(pause_seconds(failures, overloaded=False))

@@ -6,6 +6,8 @@ STORE/models/NAME/<images seen>-<hash of the weights>/
   samples.png         what the model draws, at the configured temperature
   manifest.json       lineage, metrics, length and SHA-256 of every file; written last
 
+RUN/initial/ has the first two files of the model that a run began with.
+
 The folder's name is made of the weights, so a checkpoint that is exported twice is one
 export, and the first one stands. Training checkpoints can be loaded too, so that a model
 can be looked at before its run is over; their averaged weights are preferred.
@@ -123,9 +125,7 @@ def export(
         url,
         {
             WEIGHTS: weights,
-            CONFIG: json.dumps(
-                config_file.to_mapping(config_file.without_secrets(config)), indent=2
-            ).encode(),
+            CONFIG: _settings_text(config),
             SAMPLES: png(grid(images)),
         }.items(),
         format=FORMAT,
@@ -139,6 +139,16 @@ def export(
             "metrics": {key: value if math.isfinite(value) else None for key, value in metrics.items()},
         },
     )
+
+
+def write_weights(url: str, model: NVAE, config: RunConfig) -> Manifest:
+    """Writes what `load_directory` needs to give back `model`; raises StoreError if the store refuses."""
+    files = {WEIGHTS: tensors_to_bytes(model.state_dict()), CONFIG: _settings_text(config)}
+    return write_directory(url, files.items(), format=FORMAT, version=FORMAT_VERSION, fields={})
+
+
+def _settings_text(config: RunConfig) -> bytes:
+    return json.dumps(config_file.to_mapping(config_file.without_secrets(config)), indent=2).encode()
 
 
 def _existing(url: str, weights_sha256: str) -> Manifest | None:
