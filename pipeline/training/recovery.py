@@ -59,23 +59,32 @@ def roll_back(training: Training, state: TrainState, onset: int) -> int:
     An update is first suspicious when its weights have gone wrong already, so that a checkpoint
     at `onset` itself will not do.
     """
-    checkpoint = None
+    checkpoint, url = None, training.url
     if training.checkpoints is not None:
         training.checkpoints.settle()
-    if training.url is not None:
-        url = training.url
-        checkpoint = agreed(lambda: newest_sound(url, onset - 1), url, training.worker)
+    if url is not None:
+        checkpoint = agreed(lambda: newest_sound(url, onset - 1, state.interventions), url, training.worker)
     if checkpoint is None:
         state.begin_anew(training.config, training.initial())
-        return 0
-    state.roll_back(checkpoint)
-    return checkpoint.images_seen
+    else:
+        state.roll_back(checkpoint)
+    # Until every rank has read it, none saves another, which may push it out.
+    training.worker.barrier()
+    return 0 if checkpoint is None else checkpoint.images_seen
 
 
-def newest_sound(run_url: str, at_most: int) -> Checkpoint | None:
-    """The newest intact checkpoint of at most so many images that was not saved amid an episode."""
+def newest_sound(run_url: str, at_most: int, interventions: Sequence[Intervention] = ()) -> Checkpoint | None:
+    """The newest intact checkpoint of at most so many images that a rollback may go to.
+
+    That is none which was saved amid an episode, and none which an earlier rollback left behind.
+    """
+    left_behind = [
+        range(each.back_to + 1, each.images_seen) for each in interventions if each.back_to is not None
+    ]
     found = newest(run_url, at_most)
-    while found is not None and not found.sound:
+    while found is not None and not (
+        found.sound and all(found.images_seen not in images for images in left_behind)
+    ):
         found = newest(run_url, found.images_seen - 1)
     return found
 

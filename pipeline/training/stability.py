@@ -116,11 +116,12 @@ def judge(
     """
     if reading.made:
         return _made(config, condition, reading, images_seen)
-    reason = describe(reading, limits(config, condition))
     now = replace(condition, troubles=(*condition.troubles, reading.trouble.value)[-WINDOW:])
     if not config.enabled:
-        return Verdict(now, Kind.SKIP, reason)
+        # The log line counts it.
+        return Verdict(now)
     now = replace(now, onset=images_seen if now.onset is None else now.onset, calm=0)
+    reason = describe(reading, limits(config, condition))
     skips, how_often = _too_many(config, now.troubles)
     if not skips:
         return Verdict(now, Kind.SKIP, reason)

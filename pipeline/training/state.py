@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -75,7 +75,7 @@ class TrainState:
         self.evaluation_due = record["evaluation_due"]
         if record["config"]["train"]["batch_size"] != config.train.batch_size:
             # Losses of batches of another size scatter differently.
-            self.condition = Condition()
+            self.condition = replace(self.condition, losses=(), log_norms=())
 
     def roll_back(self, checkpoint: Checkpoint) -> None:
         """Put back the weights and all that belongs to them. Progress and interventions stay."""

@@ -96,10 +96,12 @@ def train(training: Training, resume: Checkpoint | None = None) -> Literal["fini
                 worker.mark("log", state.images_seen)
                 log(training, state, metrics)
             state.evaluation_due |= cadence.due("evaluate")
-            state.checkpoint_due |= cadence.due("checkpoint") or kind in ROLLBACKS
+            state.checkpoint_due |= cadence.due("checkpoint")
             stopping = result.reading.votes[0] > 0 and not cadence.at_the_end
             with metrics.paused():
-                if look_and_save(training, state, cadence, stopping) == "stopped":
+                # Saved at once, so that a crash does not lead back to before the rollback.
+                came_back = kind in ROLLBACKS
+                if look_and_save(training, state, cadence, stopping, came_back) == "stopped":
                     return "stopped"
             worker.mark("batch", state.images_seen)
     return "finished"
@@ -212,12 +214,12 @@ def refuse_divergence(numbers: Mapping[str, float], images_seen: int) -> None:
 
 
 def look_and_save(
-    training: Training, state: TrainState, cadence: Cadence, stopping: bool = False
+    training: Training, state: TrainState, cadence: Cadence, stopping: bool = False, urgent: bool = False
 ) -> Literal["stopped"] | None:
     """Evaluate if that is due, save if there is reason to; "stopped" if the run was asked to stop.
 
     What is due amid an episode of trouble waits for its end: weights of unknown health are saved
-    only when the run leaves them.
+    only when the run leaves them. `urgent` is a save that may not be left out.
     """
     found: dict[str, float] = {}
     if state.evaluation_due and not stopping:
@@ -228,23 +230,36 @@ def look_and_save(
         except StoppedError:
             # It is made anew when the run continues.
             stopping = True
+    sound = state.condition.onset is None
     bits = found.get(BEST_METRIC, math.inf)
-    due = state.checkpoint_due or bits < state.best
-    if (due and state.condition.onset is None) or stopping or cadence.at_the_end:
+    urgent = urgent or stopping or cadence.at_the_end or (sound and bits < state.best)
+    if urgent or (sound and state.checkpoint_due):
         training.worker.mark("checkpoint", state.images_seen)
         state.best = min(state.best, bits)
         state.checkpoint_due = False
-        save(training, state, found)
+        save(training, state, found, may_be_left_out=not urgent)
     return "stopped" if stopping else None
 
 
-def save(training: Training, state: TrainState, metrics: Mapping[str, float]) -> None:
-    """Write a checkpoint in the background; all ranks tell whoever started them."""
+def save(
+    training: Training, state: TrainState, metrics: Mapping[str, float], *, may_be_left_out: bool
+) -> None:
+    """Write a checkpoint in the background; all ranks tell whoever started them.
+
+    It may be left out when the one before is still being written.
+    """
     if training.checkpoints is not None:
         if state.is_finite():
             record = state.record(training.config, training.data.content_hash)
             sound = state.condition.onset is None
-            training.checkpoints.save(state.tensors(), record, state.images_seen, metrics, sound=sound)
+            training.checkpoints.save(
+                state.tensors(),
+                record,
+                state.images_seen,
+                metrics,
+                sound=sound,
+                may_be_left_out=may_be_left_out,
+            )
         else:
             logger.warning("no checkpoint at %s images: its weights are not finite", f"{state.images_seen:,}")
     training.worker.report({"images_seen": state.images_seen, **metrics})

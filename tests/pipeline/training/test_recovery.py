@@ -12,7 +12,7 @@ from mlflow import MlflowClient
 from pipeline.data.index import load_index
 from pipeline.data.loader import training_batches
 from pipeline.training.checkpoint import checkpoints, newest, open_attempt
-from pipeline.training.interventions import Intervention, Kind
+from pipeline.training.interventions import Intervention, Kind, from_record
 from pipeline.training.machine import Machine
 from pipeline.training.metrics import Metrics
 from pipeline.training.recovery import newest_sound
@@ -117,6 +117,16 @@ def test_a_run_that_crashed_in_an_episode_or_after_it_takes_the_same_decisions(
     assert run.last.images_seen == (40 if where == 40 else 20)
     assert run.launch(EPISODE) == "finished"
     assert_same(rolled_back.last, run.last)
+
+
+def test_a_rollback_goes_to_no_checkpoint_that_an_earlier_one_left_behind(rolled_back: Launches) -> None:
+    """The trouble comes again at once: what was seen between 16 and 40 images did not help then."""
+    done = from_record(rolled_back.last.record["interventions"])
+    for at_most, expected in ((48, 48), (47, 44), (39, 16), (15, 12)):
+        found = newest_sound(rolled_back.url, at_most, done)
+        assert found is not None
+        assert found.images_seen == expected
+    assert newest_sound(rolled_back.url, 3, done) is None
 
 
 def test_broken_weights_are_not_saved_not_even_when_the_run_is_stopped(home: Home, tmp_path: Path) -> None:

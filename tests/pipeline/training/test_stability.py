@@ -180,7 +180,9 @@ def test_an_episode_ends_when_the_window_knows_nothing_from_before_it() -> None:
 
 def test_without_the_ladder_only_what_is_not_finite_is_skipped() -> None:
     run = Run(config=replace_config(enabled=False))
-    assert run.kinds((1e9, 1e9), *[(math.nan, 1.0)] * 50) == [None] + [Kind.SKIP] * 50
+    assert run.kinds((1e9, 1e9), *[(math.nan, 1.0)] * 50) == [None] * 51
+    assert len(run.condition.losses) == WINDOW
+    assert not any(math.isnan(loss) for loss in run.condition.losses)
     # Nor does it keep checkpoints waiting.
     assert run.condition.onset is None
 
