@@ -184,7 +184,10 @@ def _work(plan: Plan, prepared: Prepared, spec: run.RunSpec) -> dict[str, Any]:
 def farewell(plan: Plan, spec: run.RunSpec, end: Mapping[str, Any]) -> str:
     """How the run ended, where everything is, and what to try next."""
     if end["state"] == "diverged":
-        return f"Diverged: {end['reason']}"
+        saved, reason = end["result"], f"Diverged: {end['reason']}"
+        if not saved:
+            return reason
+        return f"{reason}\nIts best checkpoint before, at {saved['images_seen']:,} images, is {saved['model']}."
     if end["state"] == "stopped":
         return f"Stopped. Run the same command again to continue {spec.name}."
     result = end["result"]
