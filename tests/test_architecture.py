@@ -27,7 +27,11 @@ DOORS = {
     "click": ["cluster/"],
     "fsspec": ["pipeline/buckets.py", "pipeline/s3.py"],
     "google_crc32c": ["pipeline/data/sources/tfrecord.py"],
-    "mlflow": ["pipeline/training/delivery.py", "pipeline/models/registry.py"],
+    "mlflow": [
+        "pipeline/training/mlflow_client.py",
+        "pipeline/training/delivery.py",
+        "pipeline/models/registry.py",
+    ],
     "psutil": ["pipeline/training/machine.py"],
     "pydantic": ["pipeline/config.py"],
     "ray": ["cluster/"],

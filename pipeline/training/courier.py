@@ -18,8 +18,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 
 from pipeline import storage
-from pipeline.training.delivery import Delivery, OutOfTimeError, in_short, is_overload
+from pipeline.training.delivery import Delivery
 from pipeline.training.journal import Journal, StoredJournal, complete, decode
+from pipeline.training.mlflow_client import OutOfTimeError, in_short, is_overload
 from pipeline.training.pace import pause_seconds
 from pipeline.training.run_description import redact
 
@@ -213,7 +214,7 @@ class BackgroundCourier(threading.Thread):
 
     def finish(self, timeout_seconds: float) -> bool:
         """Waits until everything is delivered, at most that long; whether it is."""
-        self._courier.delivery.until = time.monotonic() + timeout_seconds
+        self._courier.delivery.client.until = time.monotonic() + timeout_seconds
         self._closing.set()
         self.join(timeout_seconds)
         return self._all_delivered

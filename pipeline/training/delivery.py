@@ -1,46 +1,26 @@
 """MLflow as a training sees it: one run that is found or made, and entries brought into it.
 
-The only file of the training that imports mlflow, and only when it is first needed (2 s).
 Everything here may raise whatever MLflow raises while its server is away, and everything
 may be called again: a run is found by a key that it carries, a parameter or tag that is
 there is left, a point that was delivered is not sent twice, and one whose delivery is in
 doubt is sent again with the same time, which MLflow stores once. A run that was deleted
 there, or that went with its database, is made anew.
-
-Used is MlflowClient alone. The fluent interface keeps the current run in a global, and
-its asynchronous logging drops what fails after its retries.
 """
 
 import logging
-import math
-import os
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import Any
 
 from pipeline import storage
 from pipeline.training.journal import Entry
-from pipeline.training.pace import Pace
+from pipeline.training.mlflow_client import MISSING, REFUSED, THERE, Client, code
 from pipeline.training.run_description import RunDescription, Status, redact
-
-Answer = TypeVar("Answer")
 
 KEY_TAG = "nvae.run_key"
 """Tag by which a run is found again, whatever happened while it was made."""
 
-# Of MLflow's own retries one is wanted, for a connection that went stale: its defaults block
-# for minutes, and sleep as long as a server likes. We try again ourselves.
-_ENVIRONMENT = {
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
-    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
-    "MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER": "false",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-}
-_TIME_LIMIT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
-_MISSING, _REFUSED, _THERE = "RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "RESOURCE_ALREADY_EXISTS"
 _PER_REQUEST = 100
 """Parameters, or tags; more MLflow does not take at once."""
 
@@ -51,28 +31,21 @@ class UnusableAnswerError(RuntimeError):
     """What answers is not MLflow, or the run or experiment was deleted there."""
 
 
-class OutOfTimeError(RuntimeError):
-    """The time that was allowed for deliveries is over."""
-
-
 class Delivery:
     """Brings the entries of a journal into one MLflow run, in order, each point once."""
 
     def __init__(
-        self, tracking_uri: str, description: RunDescription, read_file: Callable[[str], bytes]
+        self, client: Client, description: RunDescription, read_file: Callable[[str], bytes]
     ) -> None:
         """Touches nothing yet. `read_file` gives the pictures that entries name."""
         self.run_id = ""
         """The MLflow run; "" while it is neither found nor made."""
         self.had_points = False
         """Whether the run had points when it was found."""
-        self.until = math.inf
-        """When requests are no longer begun, by time.monotonic()."""
         self.sent = 0
         """Points and files that MLflow took from here."""
-        self.pace = Pace()
-        self._tracking_uri, self._description, self._read_file = tracking_uri, description, read_file
-        self._client: Any = None
+        self.client = client
+        self._description, self._read_file = description, read_file
         # The metrics that were delivered at each number of images seen. Mostly the same few
         # sets of names, of which one copy each is kept.
         self._delivered: dict[int, frozenset[str]] = {}
@@ -93,9 +66,8 @@ class Delivery:
         """
         if self.run_id:
             return
-        if self._client is None:
-            self._client = _client(self._tracking_uri)
-        with _alone(self._tracking_uri):
+        self.client.open()
+        with self.client.alone():
             run = self._known(known) or self._find() or self._make()
         self._complete(run)
         self.had_points = bool(run.data.metrics)
@@ -107,7 +79,7 @@ class Delivery:
             try:
                 run = self._run(run_id)
             except Exception as error:
-                if _code(error) not in (_MISSING, _REFUSED):
+                if code(error) not in (MISSING, REFUSED):
                     raise
                 continue  # Another server's, or of a database that is gone.
             if run.info.lifecycle_stage == "active":
@@ -115,19 +87,21 @@ class Delivery:
         return None
 
     def _run(self, run_id: str) -> Any:
-        run = self._ask(lambda: self._client.get_run(run_id))
+        run = self.client.ask(lambda mlflow: mlflow.get_run(run_id))
         if run.info.run_id != run_id:
             raise UnusableAnswerError("what answers is not MLflow")
         return run
 
     def _with_key(self) -> list[Any]:
         """Active runs that carry the key, the oldest first: more than one if an answer was lost."""
-        experiment = self._ask(lambda: self._client.get_experiment_by_name(self._description.experiment))
+        experiment = self.client.ask(
+            lambda mlflow: mlflow.get_experiment_by_name(self._description.experiment)
+        )
         if experiment is None:
             return []
         condition = f"tags.`{KEY_TAG}` = '{self._description.key}'"
-        found = self._ask(
-            lambda: self._client.search_runs(
+        found = self.client.ask(
+            lambda mlflow: mlflow.search_runs(
                 [experiment.experiment_id], condition, order_by=["attributes.start_time ASC"]
             )
         )
@@ -138,7 +112,7 @@ class Delivery:
 
     def _make(self) -> Any:
         tags, name, experiment_id = self._tags(), self._description.run_name, self._experiment()
-        run = self._ask(lambda: self._client.create_run(experiment_id, tags=tags, run_name=name))
+        run = self.client.ask(lambda mlflow: mlflow.create_run(experiment_id, tags=tags, run_name=name))
         if not run.info.run_id:
             raise UnusableAnswerError("what answers is not MLflow")
         return run
@@ -148,17 +122,19 @@ class Delivery:
 
     def _experiment(self) -> str:
         """The experiment's id; one that is made on SQLite has its artifacts beside the database."""
-        name, database = self._description.experiment, _database(self._tracking_uri)
+        name, database = self._description.experiment, self.client.database
         root = None if database is None else (database.parent / "mlartifacts").as_uri()
-        experiment = self._ask(lambda: self._client.get_experiment_by_name(name))
+        experiment = self.client.ask(lambda mlflow: mlflow.get_experiment_by_name(name))
         if experiment is None:
             try:
-                return str(self._ask(lambda: self._client.create_experiment(name, artifact_location=root)))
+                return str(
+                    self.client.ask(lambda mlflow: mlflow.create_experiment(name, artifact_location=root))
+                )
             except Exception as error:
-                if _code(error) != _THERE:
+                if code(error) != THERE:
                     raise
                 # Somebody else was faster.
-                experiment = self._ask(lambda: self._client.get_experiment_by_name(name))
+                experiment = self.client.ask(lambda mlflow: mlflow.get_experiment_by_name(name))
         if experiment is None or experiment.lifecycle_stage != "active":
             raise UnusableAnswerError(f"the experiment {name!r} was deleted; restore it or purge it")
         return str(experiment.experiment_id)
@@ -171,13 +147,13 @@ class Delivery:
         new = [Param(k, v) for k, v in self._description.parameters.items() if k not in has.params]
         for part in _parts(new, _PER_REQUEST):
             self._accepted(
-                lambda part=part: self._client.log_batch(run_id, params=part),  # type: ignore[misc]
+                lambda mlflow, part=part: mlflow.log_batch(run_id, params=part),  # type: ignore[misc]
                 "parameters",
             )
         tags = [RunTag(k, v) for k, v in self._tags().items() if has.tags.get(k) != v]
         for part in _parts(tags, _PER_REQUEST):
             self._accepted(
-                lambda part=part: self._client.log_batch(run_id, tags=part),  # type: ignore[misc]
+                lambda mlflow, part=part: mlflow.log_batch(run_id, tags=part),  # type: ignore[misc]
                 "tags",
             )
 
@@ -186,15 +162,15 @@ class Delivery:
         if self._run(self.run_id).info.status == status:
             return
         if status == "RUNNING":
-            self._ask(lambda: self._client.update_run(self.run_id, status=status))
+            self.client.ask(lambda mlflow: mlflow.update_run(self.run_id, status=status))
         else:
-            self._ask(lambda: self._client.set_terminated(self.run_id, status))
+            self.client.ask(lambda mlflow: mlflow.set_terminated(self.run_id, status))
 
     def delete_strays(self) -> None:
         """Deletes empty runs of the same key: MLflow made them, but its answer was lost."""
         for run in self._with_key():
             if run.info.run_id != self.run_id and not run.data.metrics:
-                self._ask(lambda run=run: self._client.delete_run(run.info.run_id))  # type: ignore[misc]
+                self.client.ask(lambda mlflow, run=run: mlflow.delete_run(run.info.run_id))  # type: ignore[misc]
 
     # -- entries --------------------------------------------------------------------------
 
@@ -208,7 +184,7 @@ class Delivery:
         """Asks MLflow which points it has, and believes nothing else any more."""
         found: dict[int, set[str]] = {}
         for name in self._run(self.run_id).data.metrics:
-            history = self._ask(lambda name=name: self._client.get_metric_history(self.run_id, name))  # type: ignore[misc]
+            history = self.client.ask(lambda mlflow, name=name: mlflow.get_metric_history(self.run_id, name))  # type: ignore[misc]
             if not history:
                 raise UnusableAnswerError("what answers is not MLflow")
             for metric in history:
@@ -232,33 +208,33 @@ class Delivery:
                 known = self._refused.union(self._delivered.get(at, ()))
                 for name in entry.body["values"].keys() - known:
                     batch.setdefault((at, name), Metric(name, entry.body["values"][name], entry.time, at))
-            if entry.kind != "metrics" or len(batch) >= self.pace.points:
+            if entry.kind != "metrics" or len(batch) >= self.client.pace.points:
                 self._send_points(batch)
                 batch = {}
             self._send_other(entry)
         self._send_points(batch)
 
     def _send_points(self, batch: Mapping[tuple[int, str], Any]) -> None:
-        for part in _parts(list(batch.items()), self.pace.points):
-            if not self._accepted(lambda part=part: self._log(part), None):  # type: ignore[misc]
+        for part in _parts(list(batch.items()), self.client.pace.points):
+            if not self._accepted(lambda mlflow, part=part: self._log(mlflow, part), None):  # type: ignore[misc]
                 for name in sorted({name for (_, name), _ in part}):
                     own = [item for item in part if item[0][1] == name]
-                    self._accepted(lambda own=own: self._log(own), name)  # type: ignore[misc]
+                    self._accepted(lambda mlflow, own=own: self._log(mlflow, own), name)  # type: ignore[misc]
             for (at, name), _ in part:
                 self._mark(at, (name,))
             self.sent += len(part)
 
-    def _log(self, points: Sequence[tuple[tuple[int, str], Any]]) -> None:
-        self._client.log_batch(self.run_id, metrics=[metric for _, metric in points])
+    def _log(self, mlflow: Any, points: Sequence[tuple[tuple[int, str], Any]]) -> None:
+        mlflow.log_batch(self.run_id, metrics=[metric for _, metric in points])
 
     def _send_other(self, entry: Entry) -> None:
         body = entry.body
         if entry.kind == "tag":
             key, value = body["key"], body["value"]
-            self._accepted(lambda: self._client.set_tag(self.run_id, key, value), key)
+            self._accepted(lambda mlflow: mlflow.set_tag(self.run_id, key, value), key)
         elif entry.kind == "status":
             self._accepted(
-                lambda: self._client.set_terminated(self.run_id, body["value"], entry.time), "status"
+                lambda mlflow: mlflow.set_terminated(self.run_id, body["value"], entry.time), "status"
             )
 
     def send_file(self, path: str, folder: str) -> None:
@@ -271,7 +247,7 @@ class Delivery:
         with tempfile.TemporaryDirectory(prefix="nvae-artifact-") as temporary:
             local = Path(temporary) / PurePosixPath(path).name
             local.write_bytes(data)
-            self._accepted(lambda: self._client.log_artifact(self.run_id, str(local), folder or None), path)
+            self._accepted(lambda mlflow: mlflow.log_artifact(self.run_id, str(local), folder or None), path)
         self.sent += 1
 
     def _mark(self, at: int, names: Iterable[str]) -> None:
@@ -280,16 +256,16 @@ class Delivery:
 
     # -- requests -------------------------------------------------------------------------
 
-    def _accepted(self, request: Callable[[], object], name: str | None) -> bool:
+    def _accepted(self, request: Callable[[Any], object], name: str | None) -> bool:
         """Whether MLflow took a request; False if it never will. Raises if it may later."""
         try:
-            self._ask(request)
+            self.client.ask(request)
         except Exception as error:
-            code = _code(error)
-            if self.run_id and code in (_MISSING, _REFUSED) and self._is_gone():
+            why = code(error)
+            if self.run_id and why in (MISSING, REFUSED) and self._is_gone():
                 self.run_id = ""
                 raise UnusableAnswerError("the MLflow run was deleted; another one is made") from error
-            if code != _REFUSED:
+            if why != REFUSED:
                 raise
             if name is not None and name not in self._refused:
                 self._refused.add(name)
@@ -300,84 +276,7 @@ class Delivery:
     def _is_gone(self) -> bool:
         return self._known([self.run_id]) is None
 
-    def _ask(self, request: Callable[[], Answer]) -> Answer:
-        """The answer to a request, within the time that the server's pace allows."""
-        left = self.until - time.monotonic()
-        if left <= 0:
-            raise OutOfTimeError("the time that was allowed is over")
-        # MLflow reads its time limit here for each request; there is no other way to give it one.
-        os.environ[_TIME_LIMIT] = str(math.ceil(min(self.pace.limit_seconds, left)))
-        began = time.monotonic()
-        try:
-            answer = request()
-        except Exception as error:
-            if _code(error) in (_MISSING, _REFUSED, _THERE):
-                self.pace.answered(time.monotonic() - began)
-            elif any(isinstance(cause, TimeoutError) for cause in _causes(error)):
-                self.pace.too_slow()
-            raise
-        self.pace.answered(time.monotonic() - began)
-        return answer
-
-
-def is_overload(error: Exception) -> bool:
-    """Whether a server asked to be left alone for a while (status 429)."""
-    return any("too many 429" in str(cause) for cause in _causes(error))
-
-
-def in_short(error: Exception) -> str:
-    """What is at the bottom of an error, in one line without secrets; MLflow's own go on for pages."""
-    *_, root = _causes(error)
-    return redact(f"{type(root).__name__}: {' '.join(str(root).split())}")[:250]
-
-
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    cause: BaseException | None = error
-    while cause is not None:
-        yield cause
-        cause = cause.__cause__ or cause.__context__
-
-
-def _code(error: Exception) -> str:
-    """MLflow's name for what is wrong; "" if it was not MLflow that said so."""
-    return str(getattr(error, "error_code", ""))
-
 
 def _parts(items: Sequence[Any], length: int) -> Iterator[Sequence[Any]]:
     for first in range(0, len(items), length):
         yield items[first : first + length]
-
-
-def _client(tracking_uri: str) -> Any:
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    # It would announce every single retry; an outage is one warning of ours.
-    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
-    from mlflow import MlflowClient
-
-    database = _database(tracking_uri)
-    if database is not None:
-        database.parent.mkdir(parents=True, exist_ok=True)
-    with _alone(tracking_uri):
-        # Makes the tables of a new SQLite database, which two processes must not do at once.
-        return MlflowClient(tracking_uri=tracking_uri)
-
-
-def _database(tracking_uri: str) -> Path | None:
-    """The file of a SQLite database; None for every other kind of tracking server."""
-    prefix, _, path = tracking_uri.partition(":///")
-    return Path(path).absolute() if prefix == "sqlite" and path else None
-
-
-@contextmanager
-def _alone(tracking_uri: str) -> Iterator[None]:
-    """Keeps other processes of this machine out, where MLflow is a SQLite file on it."""
-    database = _database(tracking_uri)
-    if database is None:
-        yield
-        return
-    import fcntl
-
-    with database.with_name(database.name + ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

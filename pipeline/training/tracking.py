@@ -21,8 +21,9 @@ from typing import Any, Protocol, Self
 from pipeline import storage, store
 from pipeline.errors import FailedError
 from pipeline.training.courier import BackgroundCourier, Courier, Left, left, read_delivered
-from pipeline.training.delivery import Delivery, in_short, is_overload
+from pipeline.training.delivery import Delivery
 from pipeline.training.journal import Journal, StoredJournal, json_number
+from pipeline.training.mlflow_client import Client, in_short, is_overload
 from pipeline.training.pace import pause_seconds
 from pipeline.training.run_description import (
     RunDescription,
@@ -127,7 +128,7 @@ def create_run(
     check_tracking_uri(tracking_uri)
     describe(run_url, experiment, run_name, parameters, tags)
     courier = _courier(StoredJournal(run_url), tracking_uri)
-    courier.delivery.until = time.monotonic() + START_SECONDS
+    courier.delivery.client.until = time.monotonic() + START_SECONDS
     try:
         courier.connect()
         courier.delivery.set_status("RUNNING")
@@ -144,8 +145,8 @@ def create_run(
 
 
 def _courier(journal: StoredJournal, tracking_uri: str, run_id: str = "") -> Courier:
-    description = _described(journal.run_url)
-    return Courier(journal, Delivery(tracking_uri, description, journal.read_file), tracking_uri, run_id)
+    delivery = Delivery(Client(tracking_uri), _described(journal.run_url), journal.read_file)
+    return Courier(journal, delivery, tracking_uri, run_id)
 
 
 def _described(run_url: str) -> RunDescription:
@@ -163,7 +164,7 @@ def conclude(run_url: str, tracking_uri: str, status: Status) -> str:
     """
     try:
         courier = _courier(StoredJournal(run_url), tracking_uri)
-        courier.delivery.until = time.monotonic() + CONCLUDE_SECONDS
+        courier.delivery.client.until = time.monotonic() + CONCLUDE_SECONDS
         courier.deliver()
         courier.delivery.set_status(status)
         courier.remember()
