@@ -20,9 +20,10 @@ import torch
 import torch.distributed as dist
 from ray.train.torch import TorchConfig
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from cluster.board import REPORT_SECONDS, Report, Reporter
+from nvae.model import NVAE
+from nvae.parallel import data_parallel
 from pipeline.training.watchdog import Phase, Pulse, end_process
 
 _told_to_leave = threading.Event()
@@ -61,14 +62,8 @@ class RayWorker:
         self._run_url = run_url
         self._reporter = Reporter(board, group, self.rank)
 
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """DDP; buffers are not broadcast, since batch norm synchronizes its own statistics."""
-        if self.world_size == 1:
-            return model
-        ids = [self.device.index] if self.device.type == "cuda" else None
-        return DistributedDataParallel(
-            model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
-        )
+    def wrap(self, model: NVAE) -> nn.Module:
+        return model if self.world_size == 1 else data_parallel(model)
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         if self.world_size > 1:

@@ -35,7 +35,9 @@ def data_parallel(model: NVAE) -> DistributedDataParallel:
         broadcast_buffers=False,
         gradient_as_bucket_view=True,
     )
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    # Not its state_dict, which leaves out whether a layer was initialized from data.
+    tensors = [*model.parameters(), *model.buffers()]
+    before = [tensor.detach().clone() for tensor in tensors]
     shape = (_IMAGES, config.image_channels, config.image_size, config.image_size)
     update(
         parallel,
@@ -45,6 +47,8 @@ def data_parallel(model: NVAE) -> DistributedDataParallel:
         StepSettings(),
         noise=lambda shape: torch.zeros(shape, device=device),
     )
-    model.load_state_dict(before)
+    with torch.no_grad():
+        for tensor, saved in zip(tensors, before, strict=True):
+            tensor.copy_(saved)
     model.zero_grad()
     return parallel

@@ -16,6 +16,7 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor, nn
 
+from nvae.model import NVAE
 from pipeline import progress
 from pipeline.training.watchdog import Phase, Pulse
 
@@ -40,7 +41,7 @@ class Worker(Protocol):
     def job(self) -> str:
         """What the cluster calls the job that started this worker; `local` without one."""
 
-    def wrap(self, model: nn.Module) -> nn.Module:
+    def wrap(self, model: NVAE) -> nn.Module:
         """The model, on this worker's device, made to average gradients over all ranks."""
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
@@ -172,7 +173,7 @@ class LocalWorker:
     ) -> None:
         self._signals.__exit__(kind, error, trace)
 
-    def wrap(self, model: nn.Module) -> nn.Module:
+    def wrap(self, model: NVAE) -> nn.Module:
         return model.to(self.device)
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
