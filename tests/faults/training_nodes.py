@@ -14,7 +14,7 @@ WIDTHS = (2, 1, 4, 2)
 
 def raylets(place: Place) -> TrainingRow:
     """The raylet of a random node killed; once training goes on, another node joins."""
-    kills, updates = (1, 400) if place.short else (10, 6000)
+    kills, updates = (1, 200) if place.short else (10, 6000)
     chance, tally, recoveries = random.Random(place.seed), Tally(), []
     broken = Training(place, "broken", *small_updates(updates), workers="1:2")
     with nodes(1, 1) as cluster:
