@@ -187,7 +187,9 @@ def farewell(plan: Plan, spec: run.RunSpec, end: Mapping[str, Any]) -> str:
         saved, reason = end["result"], f"Diverged: {end['reason']}"
         if not saved:
             return reason
-        return f"{reason}\nIts best checkpoint before, at {saved['images_seen']:,} images, is {saved['model']}."
+        return (
+            f"{reason}\nIts best checkpoint before, at {saved['images_seen']:,} images, is {saved['model']}."
+        )
     if end["state"] == "stopped":
         return f"Stopped. Run the same command again to continue {spec.name}."
     result = end["result"]
