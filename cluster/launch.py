@@ -32,7 +32,7 @@ from cluster.board import board
 from cluster.failures import Failures, RefusedError
 from cluster.nodes import kind_of_places, ray_connection, wait_for_places
 from cluster.ray_worker import RayWorker, TorchGroup
-from cluster.supervision import GROW_SECONDS, Supervisor
+from cluster.supervision import Supervisor
 from pipeline import run_folder, storage
 from pipeline.errors import FailedError, InputError
 from pipeline.training.watchdog import Limits
@@ -56,7 +56,6 @@ def launch(
     progress: Callable[[], int] = lambda: 0,
     starting: Callable[[int], None] = lambda workers: None,
     limits: Limits | None = None,
-    grow_seconds: float = GROW_SECONDS,
 ) -> Answer:
     """Run `entry(arguments, worker)` on as many ranks as can be; returns rank 0's answer.
 
@@ -64,8 +63,8 @@ def launch(
     folder: a stop request there ends the run in order, Ray's own files go below it. `widths`
     are the numbers of workers that will do, fewest first; `starting` is told of each start.
     After the loss of a worker the entry is run again, on the nodes that are left, as long as
-    `progress` grows; so it is when nodes leave or, no sooner than `grow_seconds` after the
-    last start, come back. A group that stands still for longer than the `limits` is ended.
+    `progress` grows; so it is when nodes leave or, some minutes after the last
+    start, come back. A group that stands still for longer than the `limits` is ended.
 
     An entry that is asked to leave answers with `state` "stopped", and does so, too, if it was
     not started. Raises RunError with the message of an InputError that a worker raised,
@@ -83,9 +82,7 @@ def launch(
         while workers := wait_for_places(widths, kind, say, unwanted):
             starting(workers)
             start = _Start(entry, dict(arguments), run_url, actor, uuid.uuid4().hex[:12])
-            supervisor = Supervisor(
-                actor, start.group, workers, widths, kind, say, unwanted, limits, grow_seconds
-            )
+            supervisor = Supervisor(actor, start.group, workers, widths, kind, say, unwanted, limits)
             try:
                 answer: Answer = supervisor.watch(_trainer(start, workers, kind == "GPU").fit)
                 if answer.get("state") != "stopped" or unwanted():

@@ -37,13 +37,12 @@ class Supervisor:
         say: Callable[[str], None],
         unwanted: Callable[[], bool],
         limits: Limits | None,
-        grow_seconds: float,
     ) -> None:
         self.reason = ""
         self._board, self._group = board, group
         self._workers, self._widths, self._kind = workers, widths, kind
         self._say, self._unwanted = say, unwanted
-        self._limits, self._grow_seconds = limits, grow_seconds
+        self._limits = limits
         self._wish: Wish = "go on"
         self._began = self._looked = time.monotonic()
 
@@ -103,7 +102,7 @@ class Supervisor:
 
     def _reason_to_grow(self) -> str:
         could_be_wider = self._workers < self._widths[-1]
-        if not could_be_wider or time.monotonic() - self._began < self._grow_seconds:
+        if not could_be_wider or time.monotonic() - self._began < GROW_SECONDS:
             return ""
         there = places(self._kind)
         wider = widest(self._widths, min(there.total, self._workers + there.free))

@@ -127,7 +127,8 @@ class TrainConfig(Section):
     """Seed of the initial weights, the order of samples and all noise."""
     stall_seconds: float = Field(90.0, ge=1, json_schema_extra=RESUMABLE)
     """A training that stands still for so long is ended and started again from its last
-    checkpoint; five times as long in the first update, an evaluation, a checkpoint and at the end."""
+    checkpoint; five times as long for the first update or a batch of an evaluation, twenty times
+    where files are read and written: at the start, for a checkpoint and at the end."""
     stall_steps: int = Field(20, ge=1, json_schema_extra=RESUMABLE)
     """But not before this many times the median time of an update has passed."""
     profile_at_images: int | None = Field(None, ge=0, json_schema_extra=RESUMABLE)

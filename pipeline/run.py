@@ -262,6 +262,7 @@ def _train(training: Training, resume: Checkpoint | None) -> tuple[str, str]:
         state = train(training, resume)
     except DivergedError as error:
         reason = str(error)
+    training.worker.mark("finish", training.config.train.total_images)
     if training.checkpoints is not None:
         training.checkpoints.wait()
     training.worker.barrier()

@@ -30,9 +30,16 @@ from pipeline.limits import statistics as store_statistics
 Phase = Literal["start", "log", "evaluate", "checkpoint", "batch", "profile", "update", "finish"]
 """What a rank is at, between two marks; in the order in which they come at the same images seen."""
 
-_LONG_PHASES = ("start", "evaluate", "checkpoint", "profile", "finish")
-FACTOR_OF_LONG_PHASES = 5
-"""The first update, evaluations, checkpoints and the end may take so much longer than an update."""
+_FIRST_UPDATE_FACTOR = 5
+_PHASE_FACTORS: Mapping[Phase, int] = {
+    "start": 20,
+    "checkpoint": 20,
+    "finish": 20,
+    "evaluate": 5,
+    "profile": 5,
+}
+"""How much longer than updates other things may take: gigabytes that are read or written, a batch
+of an evaluation with many samples."""
 SILENT_SECONDS = 20.0
 """A rank that has not been heard of for so long is stopped, or out of reach."""
 EXIT_CODE = 1
@@ -90,8 +97,8 @@ class Limits:
     def seconds(self, mark: Mark) -> float:
         """For a rank that is where `mark` says."""
         limit = max(self.stall_seconds, self.stall_steps * (mark.step_seconds or 0.0))
-        is_long = mark.step_seconds is None or mark.phase in _LONG_PHASES
-        return FACTOR_OF_LONG_PHASES * limit if is_long else limit
+        factor = _PHASE_FACTORS.get(mark.phase, 1 if mark.step_seconds else _FIRST_UPDATE_FACTOR)
+        return factor * limit
 
 
 def judge(marks: Mapping[int, Mark], limits: Limits) -> Stalled | None:

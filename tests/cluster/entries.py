@@ -19,6 +19,7 @@ from pipeline.training.checkpoint import images_saved
 from pipeline.training.metrics import Metrics
 from pipeline.training.tracking import NullTracker
 from pipeline.training.train import Training, TrainState, step
+from pipeline.training.watchdog import Phase
 from pipeline.training.worker import Worker
 
 
@@ -87,3 +88,30 @@ def _note_try(arguments: Mapping[str, Any], worker: Worker) -> None:
     """Leave a file for this process; returns when every rank has."""
     Path(arguments["tries"], f"{os.getpid()}-{worker.rank}").touch()
     worker.barrier()
+
+
+def work_hung_once(arguments: Mapping[str, Any], worker: Worker) -> dict[str, Any]:
+    """A training whose last rank sleeps for ever, once, when there is a checkpoint."""
+    slept = Path(arguments["url"]) / "slept"
+    last = worker.rank == worker.world_size - 1
+    return run.work(arguments, _Sleepy(worker, slept) if last and not slept.exists() else worker)
+
+
+class _Sleepy:
+    """A worker that falls asleep between two batches."""
+
+    def __init__(self, worker: Worker, slept: Path) -> None:
+        self._worker, self._slept = worker, slept
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._worker, name)
+
+    def mark(self, phase: Phase, images_seen: int) -> None:
+        self._worker.mark(phase, images_seen)
+        if phase == "batch" and images_saved(str(self._slept.parent)):
+            self._slept.touch()
+            asleep_for_ever()
+
+
+def asleep_for_ever() -> None:
+    threading.Event().wait()

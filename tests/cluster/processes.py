@@ -8,6 +8,7 @@ machine are left alone.
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -92,6 +93,10 @@ class Command:
     def workers(self, count: int = 1) -> list[int]:
         """Process numbers of the Ray Train workers of the Ray that this command started."""
         return wait_for(f"{count} workers", lambda: at_least(count, train_workers(self.pid)))
+
+    def processes(self, name: str) -> list[int]:
+        """Process numbers of those whose command line holds `name`, among all that it started."""
+        return [pid for pid in family(self.pid) if name in _title(pid)]
 
     def send(self, number: signal.Signals, to_group: bool = False) -> None:
         """A signal to the command alone, or to every process that belongs to it, as a terminal does."""
@@ -204,6 +209,13 @@ class Nodes:
     def kill(self, number: int) -> None:
         """SIGKILL to the raylet alone: its workers notice by themselves."""
         kill(self.raylet(number))
+
+    def drain(self, number: int, seconds: int = 60) -> None:
+        """Announce that a node is going to be taken away, as a provider of machines does."""
+        options = ["--node-id", self._nodes[number].node_id, "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
+        options += ["--reason-message", "reclaimed", "--deadline-remaining-seconds", str(seconds)]
+        ray = str(Path(sys.executable).with_name("ray"))
+        subprocess.run([ray, "drain-node", "--address", self.address, *options], check=True)
 
     def shutdown(self) -> None:
         self._cluster.shutdown()
