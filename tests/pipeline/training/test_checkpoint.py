@@ -280,11 +280,17 @@ for moment in ("before", "after"):
 """
 
 
-def test_a_process_that_dies_at_any_moment_of_a_save_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", ["disk", pytest.param("bucket", marks=pytest.mark.campaign)])
+def test_a_process_that_dies_at_any_moment_of_a_save_leaves_a_whole_checkpoint(
+    tmp_path: Path, request: pytest.FixtureRequest, place: str
+) -> None:
+    folder = str(tmp_path)
+    if place == "bucket":
+        folder = storage.join(request.getfixturevalue("s3"), f"runs/killed-{os.getpid()}")
     # Three files, the manifest; then the deletion of the older one's manifest and folder.
     calls = 6
     done = subprocess.run(
-        [sys.executable, "-c", KILLED_SAVES, str(tmp_path), str(calls)],
+        [sys.executable, "-c", KILLED_SAVES, folder, str(calls)],
         capture_output=True,
         text=True,
         timeout=120,
@@ -293,7 +299,7 @@ def test_a_process_that_dies_at_any_moment_of_a_save_leaves_a_whole_checkpoint(t
     deaths = [line.split() for line in done.stdout.splitlines()]
     assert [death[2] for death in deaths] == [str(int(signal.SIGKILL))] * 2 * calls
     for moment, call, _ in deaths:
-        run = str(tmp_path / f"{moment}-{call}")
+        run = storage.join(folder, f"{moment}-{call}")
         found = newest(run)
         assert found is not None, (moment, call)
         # The fourth call writes the manifest.
