@@ -11,6 +11,7 @@ says what did not.
 """
 
 import argparse
+import logging
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -28,6 +29,8 @@ ROWS: dict[str, Callable[[Place], TrainingRow]] = {
     "raylet": nodes.raylets,
     "driver": kills.drivers,
     "width": nodes.widths,
+    "save": outages.saves,
+    "flip": outages.damage,
     "nan": poison.nans,
     "tracking": outages.tracking,
 }
@@ -59,6 +62,8 @@ def main(arguments: Sequence[str]) -> int:
     names = asked.only.split(",")
     if unknown := [name for name in names if name not in ROWS]:
         parser.error(f"no rows {', '.join(unknown)}; there are {', '.join(ROWS)}")
+    # What the rows provoke is counted, not read.
+    logging.disable(logging.WARNING)
     # For tiny models: on a busy machine several threads wait for each other most of the time.
     torch.set_num_threads(1)
     rows = run(names, asked.seed, asked.short)
