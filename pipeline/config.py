@@ -176,8 +176,8 @@ class StabilityConfig(Section):
     learning_rate_factor: float = Field(0.5, gt=0, le=1, json_schema_extra=RESUMABLE)
     """What the learning rate is multiplied with at these rollbacks; it returns, too."""
     recovery_fraction: float = Field(0.05, gt=0, le=1, json_schema_extra=RESUMABLE)
-    """Share of the training after which a softened coefficient is what it was, and after which
-    a rollback no longer counts."""
+    """Share of the training after which a softened coefficient is what it was, and after which a
+    rollback no longer counts (in short trainings later: as late as the budget takes to spend)."""
 
 
 class EvaluationConfig(Section):
