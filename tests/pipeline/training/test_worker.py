@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.training.worker import LocalWorker
+from pipeline.training.checkpoint import images_saved
+from pipeline.training.worker import LocalWorker, Poll
+from tests.tiny_run import Home
 
 
 def handlers() -> list[object]:
@@ -82,3 +84,19 @@ def test_a_wish_to_stop_may_come_another_way() -> None:
     wishes = iter([False, True])
     worker = LocalWorker(asked_to_stop=lambda: next(wishes))
     assert [worker.stop_requested(), worker.stop_requested()] == [False, True]
+
+
+def test_a_wish_to_stop_takes_effect_after_the_very_update(home: Home) -> None:
+    """Between two log lines and two checkpoints."""
+    worker = LocalWorker(asked_to_stop=lambda: worker.pulse.read().images_seen >= 20)
+    assert home.train("stopped-in-time", worker=worker)["state"] == "stopped"
+    assert images_saved(home.run_url("stopped-in-time")) == 24
+
+
+def test_a_question_is_asked_until_the_answer_is_yes() -> None:
+    answers = iter([False, False, True])
+    with Poll(lambda: next(answers), seconds=0.001) as asked:
+        for thread in threading.enumerate():
+            if thread.name == "poll":
+                thread.join(10)
+        assert asked()
