@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from pipeline.training.checkpoint import checkpoints, newest, open_attempt
 from pipeline.training.interventions import Intervention, Kind, from_record
 from pipeline.training.machine import Machine
 from pipeline.training.metrics import Metrics
-from pipeline.training.recovery import newest_sound
+from pipeline.training.recovery import DivergedError, newest_sound
 from pipeline.training.state import Training, TrainState
 from pipeline.training.tracking import NullTracker
 from pipeline.training.train import step
@@ -61,6 +62,22 @@ def test_what_is_not_finite_is_skipped_said_and_noted(home: Home, tmp_path: Path
     )
     assert [each["keys"] for each in interventions][1] == next(batches).keys
     batches.close()
+
+
+def test_a_spike_is_skipped_and_gradients_that_stay_long_do_not_freeze_the_training(
+    home: Home, tmp_path: Path
+) -> None:
+    rare = [f"cadence.{what}_images=1000" for what in ("log", "evaluate", "checkpoint")]
+    run = Launches(home, tmp_path, "train.total_images=480", *rare)
+    longer = partial(break_gradient, factor=1e5)
+    assert run.launch({160: longer, **dict.fromkeys(range(240, 480, 4), longer)}) == "finished"
+    assert run.done == [("skip", images, None) for images in (164, 244, 248, 252, 256)] + [
+        ("clip", 260, None)
+    ]
+    assert all("gradient's norm" in each["reason"] for each in run.last.record["interventions"])
+    # All others were made, with gradients shortened to what they were before.
+    assert run.last.record["updates"] == 120 - 6
+    assert all(tensor.isfinite().all() for tensor in run.last.load("model").values())
 
 
 # -- roll back --------------------------------------------------------------------------
@@ -182,6 +199,20 @@ def test_what_follows_a_rollback_has_other_noise_and_what_softens_gentler_coeffi
 
 
 # -- give up ----------------------------------------------------------------------------
+
+
+def test_a_short_training_that_does_nothing_but_diverge_is_given_up_too(home: Home, tmp_path: Path) -> None:
+    """A twentieth of it is over before the next rollback."""
+    run = Launches(home, tmp_path, "train.total_images=400", *OFTEN)
+    with pytest.raises(DivergedError, match="after 3 rollbacks"):
+        run.launch(dict.fromkeys(range(20, 400, 4), break_image))
+    assert [kind for kind, _, _ in run.done if kind != "skip"] == ["roll_back", "soften", "soften"]
+    # Every one of them a little later: images never go back.
+    assert [(images, back) for kind, images, back in run.done if kind != "skip"] == [
+        (40, 16),
+        (60, 16),
+        (80, 16),
+    ]
 
 
 def test_a_spent_budget_ends_the_run_with_its_samples_named_and_its_best_checkpoint_registered(
