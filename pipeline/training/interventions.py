@@ -4,11 +4,14 @@ Schedules ask it for the softening that is still in force, noise for the number 
 the ladder (stability.py) for what is left of its budget, and people for what happened.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from types import MappingProxyType
 from typing import Any
+
+from pipeline.config import RunConfig
 
 
 class Kind(StrEnum):
@@ -60,6 +63,21 @@ class Intervention:
 def rollbacks(interventions: Iterable[Intervention]) -> int:
     """How often weights came back."""
     return sum(each.kind in ROLLBACKS for each in interventions)
+
+
+def recovery_images(config: RunConfig) -> int:
+    """Images after which a rollback is over: nothing of its softening is left."""
+    return math.ceil(config.stability.recovery_fraction * config.train.total_images)
+
+
+def budget_images(config: RunConfig) -> int:
+    """Images for which a rollback counts: while it recovers, and as long as a budget takes to spend.
+
+    Without the second a short training that does nothing but diverge would never be given up.
+    """
+    stability = config.stability
+    updates = 2 * (stability.max_rollbacks + 1) * stability.skips_in_a_row
+    return max(recovery_images(config), updates * config.train.batch_size)
 
 
 def to_record(interventions: Sequence[Intervention]) -> list[dict[str, Any]]:

@@ -59,6 +59,8 @@ def roll_back(training: Training, state: TrainState, onset: int) -> int:
     An update is first suspicious when its weights have gone wrong already, so that a checkpoint
     at `onset` itself will not do.
     """
+    # Gigabytes are read: not what an update takes.
+    training.worker.mark("checkpoint", state.images_seen)
     checkpoint, url = None, training.url
     if training.checkpoints is not None:
         training.checkpoints.settle()

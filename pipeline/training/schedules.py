@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 from nvae.step import Coefficients
 from pipeline.config import ObjectiveConfig, RunConfig
-from pipeline.training.interventions import Intervention
+from pipeline.training.interventions import Intervention, recovery_images
 
 
 def schedule(
@@ -38,11 +38,6 @@ def schedule(
         rate *= each.learning_rate_factor**left
         spectral *= each.spectral_factor**left
     return Coefficients(rate, kl, spectral)
-
-
-def recovery_images(config: RunConfig) -> int:
-    """Images after which a rollback is over: nothing of its softening is left."""
-    return math.ceil(config.stability.recovery_fraction * config.train.total_images)
 
 
 def remaining(config: RunConfig, images_since: int) -> float:

@@ -26,12 +26,12 @@ from pipeline.config import CadenceConfig, RunConfig
 from pipeline.data.loader import Batch, training_batches
 from pipeline.progress import training_line
 from pipeline.training.checkpoint import BEST_METRIC, Checkpoint
-from pipeline.training.interventions import ROLLBACKS, Kind, rollbacks
+from pipeline.training.interventions import ROLLBACKS, Kind, budget_images, rollbacks
 from pipeline.training.machine import Machine, folders
 from pipeline.training.metrics import Metrics
 from pipeline.training.profiling import Profiling
 from pipeline.training.recovery import DivergedError, intervene
-from pipeline.training.schedules import recovery_images, schedule
+from pipeline.training.schedules import schedule
 from pipeline.training.stability import judge, limits, scores
 from pipeline.training.state import Training, TrainState
 from pipeline.training.validation import StoppedError, evaluate_and_show
@@ -172,7 +172,7 @@ def respond(training: Training, state: TrainState, reading: Reading, batch: Batc
         state.condition,
         reading,
         images_seen=state.images_seen - batch.global_size,
-        span_images=recovery_images(config),
+        span_images=budget_images(config),
         interventions=state.interventions,
     )
     state.condition = verdict.condition

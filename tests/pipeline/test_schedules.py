@@ -12,8 +12,8 @@ from pytest import approx
 
 from nvae.config import NVAEConfig
 from pipeline.config import RunConfig
-from pipeline.training.interventions import Intervention, Kind
-from pipeline.training.schedules import recovery_images, schedule
+from pipeline.training.interventions import Intervention, Kind, recovery_images
+from pipeline.training.schedules import schedule
 from tests.nvae.published_cases import ORACLE
 
 SEQUENCES = ("ffhq_like", "celeba64_like", "imagenet_like", "nowarm")
