@@ -48,9 +48,11 @@ from tests.tiny_run import Home
 
 ROOT = Path(__file__).parents[2]
 WORKERS = 2
-CYCLE_UPDATES, BLOCK_UPDATES, WARMUP_UPDATES = 500, 25, 13
-"""Between two checkpoints; before the other takes its turn; not counted, so that a checkpoint
-falls into the middle of a block."""
+BATCH = 16
+UPDATES = {"run": 500, "ray": 200}
+"""Of each side in a pair; of `run`, between two checkpoints."""
+BLOCK_UPDATES, WARMUP_UPDATES = 25, 13
+"""Before the other takes its turn; not counted, so that a checkpoint falls in the middle of a block."""
 BOUNDS = {"run": 1.03, "ray": 1.025}
 YAML = """
 data: {root: "store:tiny"}
@@ -90,7 +92,7 @@ def interleaved(arguments: Mapping[str, Any], worker: Worker) -> dict[str, Any]:
         for _ in range(WARMUP_UPDATES):
             bare.update()
             yield next(turns)
-        for _ in range(arguments["pairs"] * CYCLE_UPDATES // BLOCK_UPDATES):
+        for _ in range(arguments["pairs"] * arguments["updates"] // BLOCK_UPDATES):
             worker.barrier()
             begun = time.perf_counter()
             for _ in range(BLOCK_UPDATES):
@@ -115,23 +117,24 @@ def _by_pair(seconds: Sequence[float], pairs: int) -> list[float]:
     return [sum(seconds[number * size : (number + 1) * size]) for number in range(pairs)]
 
 
-def compare_run(home: Home, pairs: int) -> dict[str, list[float]]:
+def compare_run(home: Home, pairs: int, updates: int) -> dict[str, list[float]]:
     """Seconds of each pair: `run`, `bare`."""
-    updates = WARMUP_UPDATES + pairs * CYCLE_UPDATES
-    spec = home.begin("overhead", f"train.total_images={updates * 16}", workers=WORKERS)
+    total = WARMUP_UPDATES + pairs * updates
+    settings = [f"train.total_images={total * BATCH}", f"cadence.checkpoint_images={updates * BATCH}"]
+    spec = home.begin("overhead", *settings, workers=WORKERS)
     return launch(
         "tests.benchmarks.overhead:interleaved",
-        {"spec": vars(spec), "pairs": pairs},
+        {"spec": vars(spec), "pairs": pairs, "updates": updates},
         widths=(WORKERS,),
         run_url=spec.url,
         say=lambda line: None,
     )
 
 
-def compare_ray(home: Home, pairs: int) -> dict[str, list[float]]:
+def compare_ray(home: Home, pairs: int, updates: int) -> dict[str, list[float]]:
     """Seconds of each pair: `ray`, `torchrun`, each first in every other pair."""
     config = config_file.to_mapping(settle(home.config(), home.store))
-    arguments = {"config": config, "warmup": 20, "updates": 200}
+    arguments = {"config": config, "warmup": 20, "updates": updates}
     seconds: dict[str, list[float]] = {"ray": [], "torchrun": []}
     ways: dict[str, Callable[[], float]] = {
         "ray": lambda: _by_ray(home, arguments),
@@ -200,6 +203,7 @@ def main(words: Sequence[str]) -> None:
     )
     parser.add_argument("--pairs", type=int, default=10)
     parser.add_argument("--only", choices=sorted(BOUNDS), help="one of the two comparisons")
+    parser.add_argument("--short", action="store_true", help="50 updates in a pair: does it work at all?")
     asked = parser.parse_args(words)
     print(
         f"{platform.machine()}, {os.cpu_count()} logical cores, Python {platform.python_version()}, "
@@ -215,9 +219,10 @@ def main(words: Sequence[str]) -> None:
         home = Home(Path(folder))
         Path(home.yaml).write_text(YAML)
         shards.build("portraits:136", f"{home.store}/data/tiny", image_size=32, validation_count=8)
-        for name, compare, updates in (("run", compare_run, CYCLE_UPDATES), ("ray", compare_ray, 200)):
+        for name, compare in (("run", compare_run), ("ray", compare_ray)):
             if asked.only in (None, name):
-                print(line(name, compare(home, asked.pairs), updates), flush=True)
+                updates = 50 if asked.short else UPDATES[name]
+                print(line(name, compare(home, asked.pairs, updates), updates), flush=True)
 
 
 if __name__ == "__main__":
