@@ -36,7 +36,7 @@ data:
   root: store:tiny
   horizontal_flip: true
 model:
-  image_size: 16
+  image_size: 32
   pixel_bits: 5
   mixture_components: 5
   groups_per_scale: [4, 10]
@@ -48,19 +48,19 @@ model:
   postprocess_cells: 1
   cell_family: res_elu
 objective:
-  spectral_coefficient: 1.0e-5
+  spectral_coefficient: 0
   kl_warmup_fraction: 0.1
 optimizer:
-  learning_rate: 0.1
-  minimum_learning_rate: 1.0e-3
-  warmup_images: 1_600
+  learning_rate: 0.17
+  minimum_learning_rate: 0.17
+  warmup_images: 4_000
   ema_decay: 0.98
 train:
-  total_images: 8_000
+  total_images: 4_800
   batch_size: 16
 cadence:
   log_images: 160
-  evaluate_images: 8_000
+  evaluate_images: 4_800
   checkpoint_images: 160
 checkpoint:
   keep: 20
@@ -154,7 +154,7 @@ def run(seeds: Sequence[int], overrides: Sequence[str]) -> list[Outcome]:
             patch.delenv(variable, raising=False)
         home = Home(Path(folder))
         Path(home.yaml).write_text(YAML)
-        shards.build("portraits:512", f"{home.store}/data/tiny", image_size=16, validation_fraction=0.125)
+        shards.build("portraits:512", f"{home.store}/data/tiny", image_size=32, validation_fraction=0.125)
         for seed in seeds:
             for ladder in (False, True):
                 outcomes.append(measure(home, seed, ladder, overrides))
