@@ -87,7 +87,8 @@ def launch(
                 answer: Answer = supervisor.watch(_trainer(start, workers, kind == "GPU").fit)
                 if answer.get("state") != "stopped" or unwanted():
                     return answer
-                say(f"{supervisor.reason}; the run is saved and started again ...")
+                reason = supervisor.reason or "A worker was told to end"
+                say(f"{reason}; the run is saved and started again ...")
             except ray.train.TrainingFailedError as error:
                 pause = failures.note(error, supervisor.reason)
                 logger.info("the workers failed", exc_info=error)
