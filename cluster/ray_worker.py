@@ -128,7 +128,7 @@ class RayWorker:
         mark = self.pulse.read()
         self._reporter.send(Report(mark, self._node, _told_to_leave.is_set()))
         if self._reporter.wish == "end":
-            end_process(self._run_url, self.rank, mark)
+            end_process(self._run_url, self.rank, mark, linger_seconds=5 * REPORT_SECONDS)
 
 
 class _ToBoard(logging.Handler):

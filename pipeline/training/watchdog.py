@@ -184,9 +184,10 @@ def stacks() -> str:
     )
 
 
-def end_process(run_url: str, rank: int, mark: Mark) -> None:
+def end_process(run_url: str, rank: int, mark: Mark, linger_seconds: float = 0.0) -> None:
     """Keep the stacks of this rank in RUN/files and on standard error, and end the process.
 
+    The end of one rank is that of all, so that it lingers until the others have kept theirs, too.
     No `finally` and no `except` of the hanging thread runs: it does not move.
     """
     text = f"Worker {rank}, {mark}:\n\n{stacks()}"
@@ -196,6 +197,7 @@ def end_process(run_url: str, rank: int, mark: Mark) -> None:
     saving = threading.Thread(target=storage.write_bytes, args=(url, text.encode()), daemon=True)
     saving.start()
     saving.join(_SAVE_SECONDS)
+    time.sleep(linger_seconds)
     os._exit(EXIT_CODE)
 
 
