@@ -27,7 +27,13 @@ STOPS: dict[str, tuple[Mapping[Any, Injection], int, bool]] = {
 }
 
 
-@pytest.mark.parametrize("when", STOPS)
+@pytest.mark.parametrize(
+    "when",
+    [
+        pytest.param(when, marks=pytest.mark.campaign if when == "when an evaluation falls due" else ())
+        for when in STOPS
+    ],
+)
 def test_a_run_stopped_at_any_moment_is_the_uninterrupted_one_bit_for_bit(
     home: Home, tmp_path: Path, whole: Launches, when: str
 ) -> None:
