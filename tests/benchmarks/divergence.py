@@ -3,7 +3,7 @@
     make bench-divergence
     python -m tests.benchmarks.divergence --seeds 3 --picture configs/divergence.png
 
-Fourteen groups of cells without batch norm, next to no spectral regularization, and a learning
+Fourteen groups of cells without batch norm, no spectral regularization, and a learning
 rate many times too high: what features are multiplied with grows with the depth, and as soon as
 the warm-up has brought the learning rate there the loss jumps to many times what it was. Each
 seed is trained twice by `pipeline.run`, with `stability.enabled=false` and with `true`; nothing
