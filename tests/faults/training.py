@@ -12,6 +12,7 @@ says what did not.
 
 import argparse
 import logging
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -62,6 +63,8 @@ def main(arguments: Sequence[str]) -> int:
     names = asked.only.split(",")
     if unknown := [name for name in names if name not in ROWS]:
         parser.error(f"no rows {', '.join(unknown)}; there are {', '.join(ROWS)}")
+    # Told to end, it ends what it started first.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     # What the rows provoke is counted, not read.
     logging.disable(logging.WARNING)
     # For tiny models: on a busy machine several threads wait for each other most of the time.
