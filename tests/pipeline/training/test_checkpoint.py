@@ -431,8 +431,8 @@ def test_a_checkpoint_can_be_read_while_newer_ones_replace_it(run: str) -> None:
     ended = threading.Event()
 
     def go_on_training() -> None:
-        for images in range(2, 120):
-            writer.save(tensors(), RECORD, images, {})
+        for images in range(2, 202):
+            writer.save(tensors(images), RECORD, images, {})
         writer.wait()
         ended.set()
 
@@ -443,6 +443,8 @@ def test_a_checkpoint_can_be_read_while_newer_ones_replace_it(run: str) -> None:
         found = newest(run)
         assert found is not None
         seen.append(found.images_seen)
+        for file, expected in tensors(found.images_seen).items():
+            assert_identical(found.load(file), expected)
     training.join()
     assert seen == sorted(seen)
     assert len(set(seen)) > 3
