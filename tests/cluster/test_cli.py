@@ -208,9 +208,11 @@ def test_a_run_whose_best_checkpoint_came_before_its_end_tells_both(home: Home) 
 
 def test_divergence_for_good_is_exit_code_3(home: Home, capsys: Capture) -> None:
     wild = ["optimizer.learning_rate=1e30", "optimizer.warmup_images=0"]
-    shown = nvae(capsys, "train", "tiny.yaml", *wild, "--local", "--name", "wild")
+    hasty = ["stability.skips_in_a_row=2", "stability.max_rollbacks=1"]
+    shown = nvae(capsys, "train", "tiny.yaml", *wild, *hasty, "--local", "--name", "wild")
     assert shown.code == 3
-    assert "Diverged: no update" in shown.err
+    assert "back to the initial weights" in shown.err
+    assert "Diverged: 2 updates in a row were skipped" in shown.err
     assert "Traceback" not in shown.err
 
 
