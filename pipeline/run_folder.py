@@ -4,7 +4,8 @@ STORE/runs/NAME/
   run.json       the record: configuration, data set, MLflow run, every launch and its end
   leases/        who is running it now (lease.py)
   stop           present when somebody asked the run to stop
-  checkpoints/   written by training/checkpoint.py
+  initial/       the weights that the run began with, if it was given any
+  checkpoints/   written by training/checkpoint_writer.py
   journal/, pictures/, files/    written by training/tracking.py
   ray/           Ray's own files while it runs the run
 """

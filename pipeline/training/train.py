@@ -222,7 +222,8 @@ def look_and_save(
     only when the run leaves them. `urgent` is a save that may not be left out.
     """
     found: dict[str, float] = {}
-    if state.evaluation_due and not stopping:
+    sound = state.condition.onset is None
+    if state.evaluation_due and (sound or cadence.at_the_end) and not stopping:
         training.worker.mark("evaluate", state.images_seen)
         try:
             found = evaluate_and_show(training, state)
@@ -230,7 +231,6 @@ def look_and_save(
         except StoppedError:
             # It is made anew when the run continues.
             stopping = True
-    sound = state.condition.onset is None
     bits = found.get(BEST_METRIC, math.inf)
     urgent = urgent or stopping or cadence.at_the_end or (sound and bits < state.best)
     if urgent or (sound and state.checkpoint_due):
