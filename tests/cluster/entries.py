@@ -16,6 +16,7 @@ from pipeline.config_file import ConfigError, Problem
 from pipeline.data.index import load_index
 from pipeline.data.loader import training_batches
 from pipeline.training.checkpoint import images_saved
+from pipeline.training.machine import Machine
 from pipeline.training.metrics import Metrics
 from pipeline.training.tracking import NullTracker
 from pipeline.training.train import Training, TrainState, step
@@ -34,7 +35,8 @@ def few_updates(arguments: Mapping[str, Any], worker: Worker) -> dict[str, Any]:
     data = load_index(config.data.root)
     training = Training(config, data, worker, NullTracker(), None)
     state = TrainState.create(config, worker, None, None)
-    model, metrics = worker.wrap(state.model), Metrics(worker, config.model)
+    model = worker.wrap(state.model)
+    metrics = Metrics(worker, config.model, Machine(worker.device, {}))
     total = arguments["images"]
     # Sum over ranks of a row for each position: its place in the data set is seen by one rank.
     seen = torch.zeros(total, dtype=torch.float64)
