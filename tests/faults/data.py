@@ -1,22 +1,18 @@
 """The faults of the data path and its hostile inputs as real injections, a line each.
 
     make faults-data
-    python -m tests.faults.data --only D1,D3 --seed 7 --quick
+    python -m tests.faults.data --only D1,D3 --seed 7 --short
 
 A line says what was injected, how often, and how often what is promised came true: no sample
 lost, repeated or changed, an error that names what is wrong, nothing of a stranger's run. It
 ends with 1 if any line has survived less often than tried, and says what did not.
 """
 
-import argparse
-import logging
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-
-import torch
 
 from tests.faults import data_corruption as corruption
 from tests.faults import data_resources as resources
@@ -24,6 +20,7 @@ from tests.faults import data_secrets as secrets
 from tests.faults import data_security as security
 from tests.faults import data_sources as sources
 from tests.faults import data_transport as transport
+from tests.faults.campaign import command
 from tests.faults.injection import Place, Row, places
 
 ROWS: dict[str, Callable[[Place], Row]] = {
@@ -51,13 +48,13 @@ ROWS: dict[str, Callable[[Place], Row]] = {
 }
 
 
-def run(names: Sequence[str], seed: int, quick: bool) -> list[Row]:
+def run(names: Sequence[str], seed: int, short: bool) -> list[Row]:
     """Make the injections of the rows `names`; print each row as soon as it is there."""
     rows = []
     print(f"{'id':4} {'tried':>6} {'survived':>8} {'seconds':>7}  fault: measured", flush=True)
     with (
         tempfile.TemporaryDirectory(prefix="nvae-faults-") as folder,
-        places(Path(folder), seed, quick) as each,
+        places(Path(folder), seed, short) as each,
     ):
         for name, place in zip(names, each, strict=False):
             begun = time.monotonic()
@@ -74,24 +71,5 @@ def run(names: Sequence[str], seed: int, quick: bool) -> list[Row]:
     return rows
 
 
-def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.faults.data", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--only", default=",".join(ROWS), help="rows, by their ids: D1,D3")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quick", action="store_true", help="fewer injections of each kind")
-    asked = parser.parse_args(arguments)
-    names = asked.only.split(",")
-    if unknown := [name for name in names if name not in ROWS]:
-        parser.error(f"no rows {', '.join(unknown)}; there are {', '.join(ROWS)}")
-    # What the rows provoke is counted, not read.
-    logging.disable(logging.WARNING)
-    # For tiny models: on a busy machine several threads wait for each other most of the time.
-    torch.set_num_threads(1)
-    rows = run(names, asked.seed, asked.quick)
-    tried, survived = sum(row.tried for row in rows), sum(row.survived for row in rows)
-    print(f"{'all':4} {tried:6,} {survived:8,}")
-    return int(any(row.survived < row.tried or not row.tried for row in rows))
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(command("tests.faults.data", __doc__, ROWS, run, sys.argv[1:]))

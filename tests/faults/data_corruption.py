@@ -95,7 +95,7 @@ def regions(index: Index) -> dict[str, list[tuple[Path, int, int]]]:
 def at_rest(place: Place) -> Row:
     """D3: a thousand random corruptions of stored data sets, one at a time."""
     tally, by = Tally(), Counter[str]()
-    draw, wanted = random.Random(place.seed), 60 if place.quick else 1000
+    draw, wanted = random.Random(place.seed), 60 if place.short else 1000
     sets = []
     for index in data_sets(place.folder):
         clean: Delivered = []
@@ -153,7 +153,7 @@ def skipping(place: Place) -> Row:
     # Four batches of twelve: less than twelve losses leave no batch without an image.
     where, clean = skips.spans(index), skips.read(index, skips.skipping(), stop=48)
     keys = sorted(key for batch in clean for key in batch.keys)
-    for number in range(5 if place.quick else 50):
+    for number in range(5 if place.short else 50):
         lost = set(draw.sample(keys, draw.randint(1, 11)))
         whole = {where[key][0]: where[key][0].read_bytes() for key in lost}
         for key in lost:

@@ -62,7 +62,7 @@ def cache_disks(place: Place) -> Row:
     with tally.attempt("a file in the cache's place"):
         assert_exact(read(cached, remote), clean, planned)
     (disk / "cache").unlink()
-    for number in range(3 if place.quick else 20):
+    for number in range(3 if place.short else 20):
         killed_writer(disk / "cache", 0.05 + 0.002 * number)
         attempt(f"after kill {number} of a writer")
     return tally.row(
@@ -136,7 +136,7 @@ def killed_writer(folder: Path, seconds: float) -> None:
 
 def starts(place: Place) -> Row:
     """D10: processes of each kind that start while threads use the store."""
-    tally, count = Tally(), 2 if place.quick else 50
+    tally, count = Tally(), 2 if place.short else 50
 
     def start(how: str) -> tuple[subprocess.CompletedProcess[str], float]:
         url, begun = f"{place.bucket}/{place.folder.name}/{how}", time.monotonic()

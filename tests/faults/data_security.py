@@ -135,7 +135,7 @@ def tars(place: Place) -> Row:
     """S3: tars and indexes with pickles, links, devices, bombs."""
     tally, grown = Tally(), []
     payloads = {payload.name: payload for payload in TAR_PAYLOADS}
-    for options in ([],) if place.quick else ([], ["slow"]):
+    for options in ([],) if place.short else ([], ["slow"]):
         folder = place.folder / f"of{len(options)}"
         folder.mkdir()
         met = hostile_shards.meet_payloads(folder, *options)

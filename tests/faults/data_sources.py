@@ -44,7 +44,7 @@ def odd_images(place: Place) -> Row:
         assert report.index.num_samples(TRAIN) == 4 + len(odd) - len(rejected)
         assert verification.verify(report.index.root) == []
     broken = b"\xff\xd8\xff and no more"
-    whole = 99 if place.quick else 999
+    whole = 99 if place.short else 999
     for count, passes in ((1, True), (whole // 99, True), (whole // 99 + 1, False)):
         with tally.attempt(f"{count} broken of {whole + count}"):
             source = write_images(place.folder / f"in{count}", whole)
@@ -105,7 +105,7 @@ def few_shards(place: Place) -> Row:
     """D7: fewer shards than ranks x workers; prime numbers of everything."""
     tally, found_shards, read_samples = Tally(), [], 0
     threads = itertools.cycle((1, 2, 3))
-    worlds = (2, 13) if place.quick else (2, 3, 5, 7, 11, 13, 16)
+    worlds = (2, 13) if place.short else (2, 3, 5, 7, 11, 13, 16)
     for number, shard_bytes in enumerate((2**20, 45_000, 22_000, 13_000, 6_000, 1)):
         folder = place.folder / str(number)
         index = noise(folder, 53, 8, shard_bytes)

@@ -37,8 +37,8 @@ def once_each(seed: int, most: float, least: float = 0) -> Callable[[Request], b
 
 def errors(place: Place) -> Row:
     """D1: each tenth request is answered by 500, 503 or SlowDown."""
-    tally, pairs = Tally(), 1 if place.quick else 5
-    local = noise(place.folder, 96 if place.quick else 768, 128, 2**20)
+    tally, pairs = Tally(), 1 if place.short else 5
+    local = noise(place.folder, 96 if place.short else 768, 128, 2**20)
     settings = config(batch_size=24, lanes=24, shuffle_window=8, model={"image_size": 128})
     remote, planned = place.uploaded(local, "set"), plan_of(local, settings)
     ratios: dict[int, list[float]] = {world: [] for world in WORLDS}
@@ -71,7 +71,7 @@ def errors(place: Place) -> Row:
 def stalls(place: Place) -> Row:
     """D2: silence before an answer, or in the middle of its body."""
     tally, limits = Tally(), StorageConfig(read_timeout_seconds=2, longest_pause_seconds=0.5)
-    local = noise(place.folder, 96 if place.quick else 384, 64, 2**18)
+    local = noise(place.folder, 96 if place.short else 384, 64, 2**18)
     settings = config(batch_size=24, lanes=24, shuffle_window=8, model={"image_size": 64})
     remote, planned = place.uploaded(local, "set"), plan_of(local, settings)
     faults = {"5 s of latency": Stall(5), "in the body": Stall(3600, after=5000)}
@@ -100,8 +100,8 @@ def stalls(place: Place) -> Row:
 
 def breaks(place: Place) -> Row:
     """D2b: connections and bodies that end anywhere, other ranges, whole files in place of ranges."""
-    tally, rounds = Tally(), 1 if place.quick else 4
-    local = noise(place.folder, 96 if place.quick else 384, 64, 2**18)
+    tally, rounds = Tally(), 1 if place.short else 4
+    local = noise(place.folder, 96 if place.short else 384, 64, 2**18)
     settings = config(batch_size=24, lanes=24, shuffle_window=8, model={"image_size": 64})
     remote, planned = place.uploaded(local, "set"), plan_of(local, settings)
     largest = max(shard.bytes for shard in local.shards("train"))
@@ -139,7 +139,7 @@ def add_breaks(proxy: FaultProxy, draw: random.Random, largest: int) -> None:
 
 def wrong_bytes(place: Place) -> Row:
     """D3t: answers of the right length with a bit turned, or with the bytes of another range."""
-    tally, wanted = Tally(), 40 if place.quick else 1000
+    tally, wanted = Tally(), 40 if place.short else 1000
     local = build(place.folder, str(place.folder / "set"))
     settings = config(lanes=12)
     remote, planned = place.uploaded(local, "set"), plan_of(local, settings)

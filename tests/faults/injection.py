@@ -84,7 +84,7 @@ class Place:
     proxy: FaultProxy
     """In front of that server; `through_proxy` leads there."""
     seed: int
-    quick: bool
+    short: bool
 
     @contextmanager
     def through_proxy(self, settings: StorageConfig = QUICK_TO_RETRY) -> Iterator[FaultProxy]:
@@ -108,7 +108,7 @@ class Place:
 
 
 @contextmanager
-def places(folder: Path, seed: int, quick: bool) -> Iterator[Iterator[Place]]:
+def places(folder: Path, seed: int, short: bool) -> Iterator[Iterator[Place]]:
     """Places for any number of rows, with one server and one proxy for all."""
     with ExitStack() as stack:
         server = stack.enter_context(s3_server.serving(folder / "s3"))
@@ -122,7 +122,7 @@ def places(folder: Path, seed: int, quick: bool) -> Iterator[Iterator[Place]]:
             for number in range(1000):
                 own = folder / f"row{number:03d}"
                 own.mkdir()
-                yield Place(own, f"s3://{BUCKET}", proxy, seed, quick)
+                yield Place(own, f"s3://{BUCKET}", proxy, seed, short)
                 shutil.rmtree(own, ignore_errors=True)
 
         yield each()

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.campaign
 
 @pytest.fixture(scope="module")
 def each(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Iterator[Place]]:
-    with places(tmp_path_factory.mktemp("faults"), seed=1, quick=True) as each:
+    with places(tmp_path_factory.mktemp("faults"), seed=1, short=True) as each:
         yield each
 
 

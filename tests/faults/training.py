@@ -10,19 +10,15 @@ after it, median and maximum. It ends with 1 if any line has survived less often
 says what did not.
 """
 
-import argparse
-import logging
-import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-
-import torch
 
 from tests.faults import training_kills as kills
 from tests.faults import training_nodes as nodes
 from tests.faults import training_outages as outages
 from tests.faults import training_poison as poison
+from tests.faults.campaign import command
 from tests.faults.training_runs import HEADING, Place, TrainingRow, place
 
 ROWS: dict[str, Callable[[Place], TrainingRow]] = {
@@ -52,28 +48,5 @@ def run(names: Sequence[str], seed: int, short: bool) -> list[TrainingRow]:
     return rows
 
 
-def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m tests.faults.training", description=__doc__.split("\n\n")[0]
-    )
-    parser.add_argument("--only", default=",".join(ROWS), help=f"some of {','.join(ROWS)}")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--short", action="store_true", help="fewer injections of each kind")
-    asked = parser.parse_args(arguments)
-    names = asked.only.split(",")
-    if unknown := [name for name in names if name not in ROWS]:
-        parser.error(f"no rows {', '.join(unknown)}; there are {', '.join(ROWS)}")
-    # Told to end, it ends what it started first.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    # What the rows provoke is counted, not read.
-    logging.disable(logging.WARNING)
-    # For tiny models: on a busy machine several threads wait for each other most of the time.
-    torch.set_num_threads(1)
-    rows = run(names, asked.seed, asked.short)
-    tried, survived = sum(row.tried for row in rows), sum(row.survived for row in rows)
-    print(f"{'all':4} {tried:6,} {survived:8,}")
-    return int(any(row.survived < row.tried or not row.tried for row in rows))
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(command("tests.faults.training", __doc__, ROWS, run, sys.argv[1:]))
