@@ -15,7 +15,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 .PHONY: help train test lint campaign faults faults-data bench-data bench-formats bench-overhead bench-divergence clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-15s%s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-17s%s\n", $$1, $$2}' Makefile
 
 train: .venv/installed  ## set up, then the main job: portraits -> shards -> training -> registry
 	$(BIN)/nvae shards build portraits:512 store:portraits256 --image-size 256 --validation-fraction 0.125 --if-missing
