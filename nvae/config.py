@@ -9,6 +9,7 @@ latent groups, in metrics. That is the order in which the model generates.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -124,6 +125,11 @@ class NVAEConfig:
             for size in [finest >> (self.num_scales - 1 - scale)]
             for _ in range(groups)
         )
+
+    @property
+    def num_latents(self) -> int:
+        """Of one image, all groups together."""
+        return sum(math.prod(shape) for shape in self.latent_shapes)
 
     @property
     def dimensions(self) -> int:

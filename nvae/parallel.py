@@ -45,7 +45,7 @@ def data_parallel(model: NVAE) -> DistributedDataParallel:
         torch.zeros(shape, dtype=torch.uint8, device=device),
         Coefficients(learning_rate=0.0, kl=1.0, spectral=1.0),
         StepSettings(),
-        noise=lambda shape: torch.zeros(shape, device=device),
+        noise=torch.zeros(_IMAGES, config.num_latents, device=device),
     )
     with torch.no_grad():
         for tensor, saved in zip(tensors, before, strict=True):

@@ -1,4 +1,4 @@
-# B images of this rank, C colours, H x W pixels, G latent groups.
+# B images of this rank, C colours, H x W pixels, G latent groups, L latents in all groups.
 """One update of an NVAE. Set the first breakpoint in `update`.
 
 It takes uint8 images and changes weights, and knows no files, no clock and no schedule. On
@@ -15,7 +15,6 @@ the device instead would take an optimizer of our own. What the caller wants all
 (that one was asked to stop) travels in the same vector.
 """
 
-import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -33,10 +32,10 @@ from torch.optim.swa_utils import AveragedModel
 from nvae import objective
 from nvae.batch_norm import BatchNorm
 from nvae.collectives import backward, sum_over_ranks, world_size
-from nvae.distributions import Noise
 from nvae.health import Buffers, Limits, Reading, agree
 from nvae.layers import shared_weights
 from nvae.model import NVAE
+from nvae.noise import by_group
 from nvae.pixels import to_model
 from nvae.spectral import batch_norm_scale_penalty
 
@@ -111,7 +110,7 @@ def update(
     coefficients: Coefficients,
     settings: StepSettings,
     *,
-    noise: Noise,
+    noise: Tensor,
     flip: Tensor | None = None,
     weights: Tensor | None = None,
     ema: AveragedModel | None = None,
@@ -120,12 +119,13 @@ def update(
 ) -> StepResult:
     """Train `model` on this rank's images, uint8 (B, C, H, W), and average its weights into `ema`.
 
-    `noise` gives the latents' standard normal draws; `flip` (B,) says which images to mirror;
-    `weights` (B,) weighs them in the loss (0: not counted; default: all 1). The numbers of
-    `ballot`, equally many on all ranks, come back added up over ranks.
+    `noise` (B, L) are the standard normal draws of the images' latents, as `nvae.noise.image_noise`
+    makes them; `flip` (B,) says which images to mirror; `weights` (B,) weighs them in the loss (0:
+    not counted; default: all 1). The numbers of `ballot`, equally many on all ranks, come back
+    added up over ranks.
     """
     network: NVAE = model.module if isinstance(model, DistributedDataParallel) else model  # type: ignore[assignment]
-    batch = _Batch.of(images, flip, weights)
+    batch = _Batch.of(images, noise, flip, weights)
     global_weight = sum_over_ranks(batch.weights.sum())
     before = Buffers(network)
     optimizer.zero_grad()
@@ -136,7 +136,7 @@ def update(
         # The penalties use the weights that the convolutions have computed anyway.
         with _communicating(model, is_last), shared_weights(network):
             with record_function("step/forward"):
-                terms = _forward(model, network, part, noise, coefficients, settings)
+                terms = _forward(model, network, part, coefficients, settings)
             # The loss is a sum over ranks, of which DistributedDataParallel makes a mean.
             loss = terms.loss * (world_size() / global_weight)
             if is_last:
@@ -182,23 +182,24 @@ def update(
 
 @dataclass(frozen=True)
 class _Batch:
-    """This rank's images, uint8 (B, C, H, W), and their weights (B,)."""
+    """This rank's images, uint8 (B, C, H, W), their latents' noise (B, L) and their weights (B,)."""
 
     images: Tensor
+    noise: Tensor
     weights: Tensor
 
     @classmethod
-    def of(cls, images: Tensor, flip: Tensor | None, weights: Tensor | None) -> "_Batch":
+    def of(cls, images: Tensor, noise: Tensor, flip: Tensor | None, weights: Tensor | None) -> "_Batch":
         if flip is not None:
             images = torch.where(flip[:, None, None, None], images.flip(-1), images)
         if weights is None:
             weights = torch.ones(len(images), device=images.device)
-        return cls(images, weights)
+        return cls(images, noise, weights)
 
     def split(self, parts: int) -> "Iterator[_Batch]":
         """`parts` batches whose sizes differ by at most one."""
-        pairs = zip(self.images.tensor_split(parts), self.weights.tensor_split(parts), strict=True)
-        return (_Batch(images, weights) for images, weights in pairs)
+        columns = (self.images, self.noise, self.weights)
+        return (_Batch(*rows) for rows in zip(*(c.tensor_split(parts) for c in columns), strict=True))
 
 
 @dataclass(frozen=True)
@@ -214,7 +215,6 @@ def _forward(
     model: nn.Module,
     network: NVAE,
     batch: _Batch,
-    noise: Noise,
     coefficients: Coefficients,
     settings: StepSettings,
 ) -> _Terms:
@@ -222,7 +222,7 @@ def _forward(
     # fp32, but for a model that was made double to check another against.
     levels = to_model(batch.images, config).to(network.stem.weight.dtype)
     with torch.autocast(levels.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
-        output = model(levels, noise)
+        output = model(levels, by_group(batch.noise, config))
     reconstruction = objective.reconstruction(output, levels, config)
     kl_per_channel = objective.kl_per_channel(output)
     charged = kl = kl_per_channel.sum(dim=2)
@@ -325,14 +325,3 @@ class WeightAverage(AveragedModel):
 
 def make_ema(model: NVAE, decay: float) -> WeightAverage:
     return WeightAverage(model, decay)
-
-
-def step_noise(seed: int, images_seen: int, rank: int, device: torch.device, rollbacks: int = 0) -> Noise:
-    """The latents' noise of one update on one rank: a pure function of its arguments.
-
-    Nothing about it needs saving. It goes on from micro-batch to micro-batch. Another
-    `rollbacks` gives other noise to an update that is repeated.
-    """
-    name = f"{seed}/{images_seen}/{rank}/{rollbacks}".encode()
-    generator = torch.Generator(device).manual_seed(int.from_bytes(hashlib.sha256(name).digest()[:8]) >> 1)
-    return lambda shape: torch.randn(shape, generator=generator, device=device)

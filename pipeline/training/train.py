@@ -21,7 +21,8 @@ from typing import Literal
 from torch import nn
 
 from nvae.health import Reading
-from nvae.step import StepResult, StepSettings, step_noise, update
+from nvae.noise import image_noise
+from nvae.step import StepResult, StepSettings, update
 from pipeline.config import CadenceConfig, RunConfig
 from pipeline.data.loader import Batch, training_batches
 from pipeline.progress import training_line
@@ -134,12 +135,12 @@ def step(
             batch.images.to(worker.device, non_blocking=True),
             coefficients,
             step_settings(config, len(batch.images)),
-            noise=step_noise(
-                config.train.seed,
-                state.images_seen,
-                worker.rank,
+            noise=image_noise(
+                batch.positions.tolist(),
+                config.model,
                 worker.device,
-                rollbacks(state.interventions),
+                seed=config.train.seed,
+                rollbacks=rollbacks(state.interventions),
             ),
             flip=batch.flip.to(worker.device, non_blocking=True),
             weights=batch.weights.to(worker.device, non_blocking=True),

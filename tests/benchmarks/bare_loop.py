@@ -37,9 +37,10 @@ KL_COEFFICIENT = 0.5
 class BareLoop:
     """One rank's model, and batches of `images` uint8 (N, b, C, H, W) that it trains on in turn."""
 
-    def __init__(self, config: RunConfig, images: Tensor, noise: Noise = torch.randn) -> None:
+    def __init__(self, config: RunConfig, images: Tensor) -> None:
         torch.manual_seed(config.train.seed)
-        self.config, self.images, self.noise, self.number = config, images, noise, 0
+        self.config, self.images, self.number = config, images, 0
+        self.noise: Noise = torch.randn
         self.network = NVAE(config.model)
         self.network.set_activation_checkpointing(config.train.activation_checkpointing)
         self.model = DistributedDataParallel(

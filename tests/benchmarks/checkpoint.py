@@ -19,7 +19,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from nvae.model import NVAE
-from nvae.step import Coefficients, StepSettings, make_ema, make_optimizer, step_noise, update
+from nvae.noise import image_noise
+from nvae.step import Coefficients, StepSettings, make_ema, make_optimizer, update
 from pipeline import config_file, storage
 from pipeline.training.checkpoint_writer import CheckpointWriter, claim_attempt
 from pipeline.training.optimizer_state import flatten_optimizer
@@ -50,7 +51,7 @@ def measure(preset: str, channels: int, batch: int, rounds: int, store: str) -> 
     images = torch.randint(0, 256, shape, dtype=torch.uint8).to(device)
 
     def train() -> None:
-        noise = step_noise(0, 0, 0, device)
+        noise = image_noise(range(batch), config.model, device, seed=0)
         update(model, optimizer, images, Coefficients(1e-4, 1.0, 1e-2), StepSettings(), noise=noise, ema=ema)
 
     def state() -> dict[str, dict[str, torch.Tensor]]:

@@ -32,7 +32,8 @@ import torch  # noqa: E402
 import nvae.step  # noqa: E402
 from nvae.config import NVAEConfig  # noqa: E402
 from nvae.model import NVAE  # noqa: E402
-from nvae.step import Coefficients, StepSettings, make_ema, make_optimizer, step_noise, update  # noqa: E402
+from nvae.noise import image_noise  # noqa: E402
+from nvae.step import Coefficients, StepSettings, make_ema, make_optimizer, update  # noqa: E402
 
 PRESETS: dict[str, Any] = json.loads((Path(__file__).parent / "presets.json").read_text())
 STAGES = ("forward", "penalties", "backward", "optimizer")
@@ -56,7 +57,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     nvae.step.record_function = lambda name: stopwatch_stage(name, device, stopwatch)  # type: ignore[assignment]
     rows = []
     for number in range(arguments.steps):
-        noise = step_noise(0, number, 0, device)
+        noise = image_noise(range(arguments.batch), config, device, seed=number)
         stopwatch.clear()
         started, cpu_started = time.perf_counter(), time.process_time()
         result = update(

@@ -7,10 +7,11 @@ import pytest
 import torch.distributed as dist
 from torch.testing import assert_close
 
+from nvae.noise import by_group
 from nvae.step import Coefficients, StepSettings, update
 from tests.benchmarks.bare_loop import KL_COEFFICIENT, BareLoop, random_images
 from tests.benchmarks.overhead import ratio, verdict
-from tests.nvae.tiny import normal_noise
+from tests.nvae.tiny import latent_noise
 from tests.tiny_run import Home
 
 
@@ -19,13 +20,14 @@ def test_the_bare_loop_makes_the_updates_of_the_run(home: Home, tmp_path: Path) 
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
     try:
         images = random_images(config, world_size=1)
-        bare = BareLoop(config, images, normal_noise(0))
+        bare = BareLoop(config, images)
         run = BareLoop(config, images)
-        noise = normal_noise(0)
         coefficients = Coefficients(
             config.optimizer.minimum_learning_rate, KL_COEFFICIENT, config.objective.spectral_coefficient
         )
         for number in range(3):
+            noise = latent_noise(config.model, images.shape[1], seed=number)
+            bare.noise = by_group(noise, config.model)
             bare.update()
             update(
                 run.model,

@@ -10,6 +10,7 @@ from torch import Tensor
 from nvae import objective
 from nvae.distributions import Noise
 from nvae.model import NVAE
+from nvae.noise import by_group
 from nvae.pixels import to_model
 from nvae.published import PublishedCheckpoint, published_names
 from nvae.spectral import normalize
@@ -90,14 +91,15 @@ def one_step(
     names = published_names(model)
     images = case.train["x_uint8"][number]
 
-    def noise() -> Noise:
-        return recorded_noise(case.train, f"s{number}_eps")
-
+    draws = recorded_noise(case.train, f"s{number}_eps")
+    noise = torch.cat(
+        [draws((len(images), *shape)).flatten(1) for shape in model.config.latent_shapes], dim=1
+    )
     before = copy.deepcopy(model)
-    result = update(model, optimizer, images, coefficients, StepSettings(), noise=noise())
+    result = update(model, optimizer, images, coefficients, StepSettings(), noise=noise)
     return Step(
         coefficients,
-        per_image(before, to_model(images, model.config), noise(), coefficients),
+        per_image(before, to_model(images, model.config), by_group(noise, model.config), coefficients),
         result,
         {names[name]: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None},
         {names[name]: v.clone() for name, v in model.state_dict().items() if name in names},

@@ -13,7 +13,7 @@ from nvae.batch_norm import BatchNorm
 from nvae.health import Buffers, Limits, Reading, Trouble, agree
 from nvae.model import NVAE
 from nvae.step import Coefficients, StepResult, StepSettings, make_ema, make_optimizer, update
-from tests.nvae.tiny import normal_noise, stored_images, tiny_model
+from tests.nvae.tiny import latent_noise, stored_images, tiny_model
 
 SOUND: dict[str, Any] = {
     "loss": torch.tensor(2.0),
@@ -80,7 +80,7 @@ class Trained:
             stored_images(self.model.config),
             Coefficients(1e-2, 0.3, 0.1),
             settings or StepSettings(),
-            noise=normal_noise(1),
+            noise=latent_noise(self.model.config),
             ema=self.ema,
             **more,
         )

@@ -11,14 +11,13 @@ from torch.testing import assert_close
 from nvae import objective
 from nvae.batch_norm import BatchNorm
 from nvae.config import CellFamily
-from nvae.distributions import Noise
 from nvae.model import NVAE
+from nvae.noise import by_group, image_noise
 from nvae.pixels import to_model
 from nvae.spectral import batch_norm_scale_penalty
-from nvae.step import Coefficients, StepResult, StepSettings, make_ema, make_optimizer, step_noise, update
-from tests.nvae.tiny import normal_noise, stored_images, tiny_config, tiny_model
+from nvae.step import Coefficients, StepResult, StepSettings, make_ema, make_optimizer, update
+from tests.nvae.tiny import latent_noise, normal_noise, stored_images, tiny_config, tiny_model
 
-CPU = torch.device("cpu")
 WARMING_UP = Coefficients(learning_rate=1e-2, kl=0.3, spectral=0.1)
 
 
@@ -28,7 +27,7 @@ def one_update(
     *,
     coefficients: Coefficients = WARMING_UP,
     settings: StepSettings | None = None,
-    noise: Noise | None = None,
+    noise: Tensor | None = None,
     **more: Any,
 ) -> StepResult:
     return update(
@@ -37,7 +36,7 @@ def one_update(
         images,
         coefficients,
         settings or StepSettings(),
-        noise=noise or normal_noise(1),
+        noise=latent_noise(model.config, len(images)) if noise is None else noise,
         **more,
     )
 
@@ -61,7 +60,8 @@ def test_the_gradient_is_that_of_the_loss_written_out(kl):
     images, weights = stored_images(model.config, 3), torch.tensor([1.0, 0.5, 0.0]).double()
     written_out = copy.deepcopy(model)
 
-    output = written_out(to_model(images, model.config).double(), normal_noise(1))
+    noise = by_group(latent_noise(model.config, 3), model.config)
+    output = written_out(to_model(images, model.config).double(), noise)
     kl_BG = torch.stack([group.kl for group in output.groups], dim=1)
     cost = (weights @ kl_BG.abs()) / 1.5 + 0.01
     # Scales [1, 2]: one group on a quarter of the positions that two groups share.
@@ -110,7 +110,7 @@ def test_every_kind_of_model_can_be_trained(settings):
             images,
             Coefficients(1e-2, 1.0, 1e-2),
             StepSettings(),
-            noise=step_noise(0, step, 0, CPU),
+            noise=image_noise(range(4 * step, 4 * step + 4), model.config, seed=0),
         ).loss
         for step in range(6)
     ]
@@ -148,31 +148,15 @@ def test_micro_batches_add_up_to_the_whole_batch_where_statistics_do_not_enter()
     for parts in (1, 3):
         model = tiny_model(cell_family="res_elu").double()
         model(to_model(images, model.config).double(), normal_noise(0))  # initializes from data
-        noise = recorded_in_order(model, 5)
         result = one_update(
             model,
             images,
             coefficients=coefficients,
             settings=StepSettings(micro_batches=parts),
-            noise=noise,
             weights=torch.tensor([1.0, 0.0, 1.0, 1.0, 0.5]),
         )
         found[parts] = gradients(model) | {"loss": result.loss, "kl": result.kl_per_group}
     assert_close(found[3], found[1])
-
-
-def recorded_in_order(model: NVAE, count: int) -> Noise:
-    """Gives each image the same noise however the batch is split."""
-    eps = [normal_noise(group)((count, *shape)) for group, shape in enumerate(model.config.latent_shapes)]
-    calls = iter(range(10_000))
-    given = [0] * len(eps)
-
-    def draw(shape: tuple[int, ...]) -> Tensor:
-        group = next(calls) % len(eps)
-        start, given[group] = given[group], given[group] + shape[0]
-        return eps[group][start : start + shape[0]]
-
-    return draw
 
 
 def test_flipped_images_are_trained_on_as_if_they_were_stored_so():
@@ -187,7 +171,9 @@ def test_an_update_that_is_not_finite_changes_nothing():
     optimizer, ema = make_optimizer(model, 3e-4), make_ema(model, 0.9)
     images = stored_images(model.config)
 
-    def step(noise: Noise) -> StepResult:
+    noise = latent_noise(model.config)
+
+    def step(noise: Tensor) -> StepResult:
         return update(model, optimizer, images, WARMING_UP, StepSettings(), noise=noise, ema=ema)
 
     def state() -> dict[str, Any]:
@@ -196,10 +182,10 @@ def test_an_update_that_is_not_finite_changes_nothing():
 
     for _ in range(2):
         before = state()
-        assert not step(lambda shape: torch.full(shape, torch.nan)).reading.made
+        assert not step(torch.full_like(noise, torch.nan)).reading.made
         assert_close(state(), before, rtol=0, atol=0)
         # Neither does it remain in anything that is not part of the state.
-        assert step(normal_noise(1)).reading.made
+        assert step(noise).reading.made
     assert all(value.isfinite().all() for value in model.state_dict().values())
 
 
@@ -212,7 +198,7 @@ def test_a_resumed_training_goes_on_bit_for_bit():
                 stored_images(model.config, seed=i),
                 WARMING_UP,
                 StepSettings(),
-                noise=step_noise(0, i, 0, CPU),
+                noise=image_noise((2 * i, 2 * i + 1), model.config, seed=0),
             ).loss
             for i in steps
         ]
@@ -266,23 +252,11 @@ def test_averaged_weights_follow_by_a_ramp_and_counters_are_copied():
     assert ema.n_averaged == 12
 
 
-def test_noise_is_a_pure_function_of_run_progress_rank_and_rollbacks():
-    def draws(*place: int, rollbacks: int = 0) -> Tensor:
-        noise = step_noise(*place, CPU, rollbacks)
-        return torch.stack([noise((5,)), noise((5,))])
-
-    reference = draws(1, 64, 0)
-    assert torch.equal(draws(1, 64, 0), reference)
-    assert not torch.equal(reference[0], reference[1])
-    others = [draws(2, 64, 0), draws(1, 65, 0), draws(1, 64, 1), draws(1, 64, 0, rollbacks=1)]
-    assert all(not torch.equal(other, reference) for other in others)
-
-
 def test_importance_weights_use_the_same_terms_as_the_loss():
     model = tiny_model(flow_pairs=1)
     images = stored_images(model.config)
     result = one_update(model, images, coefficients=Coefficients(0.0, 1.0, 0.0))
     levels = to_model(images, model.config)
-    output = model(levels, normal_noise(1))
+    output = model(levels, by_group(latent_noise(model.config), model.config))
     cost = objective.reconstruction(output, levels, model.config)
     assert_close(-objective.log_importance_weight(output, cost).sum(), result.nelbo)

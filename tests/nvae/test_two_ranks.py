@@ -15,13 +15,12 @@ from torch.testing import assert_close
 
 from nvae.batch_norm import BatchNorm
 from nvae.collectives import Waiting
-from nvae.distributions import Noise
 from nvae.health import Reading, Trouble
 from nvae.layers import DataInitializedConv2d
 from nvae.model import NVAE
 from nvae.objective import balance
 from nvae.step import Coefficients, StepSettings, make_ema, make_optimizer, update
-from tests.nvae.tiny import normal_noise, seeded, stored_images, tiny_config, tiny_model
+from tests.nvae.tiny import latent_noise, normal_noise, seeded, stored_images, tiny_config, tiny_model
 
 UPDATES = 2
 KL = torch.tensor([[1.0, 2.0, 3.0], [30.0, 5.0, 1.0]])
@@ -57,21 +56,12 @@ SCENARIOS = {
 }
 
 
-def noise_of_images(scenario: Scenario, images: tuple[int, ...], number: int) -> Noise:
-    """Every image has its own noise, whoever holds it. Called for one part after the other."""
-    shapes = tiny_config(**scenario.model).latent_shapes
-    eps = [normal_noise(100 * number + group)((5, *shape)).double() for group, shape in enumerate(shapes)]
+def noise_of_images(scenario: Scenario, number: int) -> Tensor:
+    """Of all five images of an update: every image has its own, whoever holds it."""
+    noise = latent_noise(tiny_config(**scenario.model), count=5, seed=number).double()
     if scenario.poisoned_image is not None:
-        eps[0][scenario.poisoned_image] = torch.nan
-    calls = iter(range(10_000))
-    given = [0] * len(eps)
-
-    def draw(shape: tuple[int, ...]) -> Tensor:
-        group = next(calls) % len(eps)
-        start, given[group] = given[group], given[group] + shape[0]
-        return eps[group][list(images[start : start + shape[0]])]
-
-    return draw
+        noise[scenario.poisoned_image, 0] = torch.nan
+    return noise
 
 
 def train(scenario: Scenario, rank: int) -> dict[str, Any]:
@@ -92,7 +82,7 @@ def train(scenario: Scenario, rank: int) -> dict[str, Any]:
             stored_images(network.config, 5, seed=number)[list(images)],
             Coefficients(1e-2, scenario.kl, 0.1),
             StepSettings(micro_batches=len(parts)),
-            noise=noise_of_images(scenario, images, number),
+            noise=noise_of_images(scenario, number)[list(images)],
             weights=torch.tensor(scenario.weights)[list(images)],
             ema=ema,
         )
@@ -151,7 +141,12 @@ def late(moment: str, rank: int) -> list[tuple[float, float]]:
         with waiting:
             images = stored_images(network.config, 2, seed=number)
             update(
-                model, optimizer, images, Coefficients(1e-3, 1.0, 0.1), StepSettings(), noise=normal_noise(0)
+                model,
+                optimizer,
+                images,
+                Coefficients(1e-3, 1.0, 0.1),
+                StepSettings(),
+                noise=latent_noise(network.config),
             )
         found.append((waiting.total.read(), waiting.waited.read()))
     return found
@@ -196,7 +191,7 @@ def poisoned(trouble: Trouble, rank: int) -> dict[str, Any]:
         stored_images(network.config, 2, seed=rank),
         Coefficients(1e-2, 0.3, 0.1),
         StepSettings(),
-        noise=normal_noise(rank),
+        noise=latent_noise(network.config, seed=rank),
         ballot=[float(rank), 0.0, 1.0],
     )
     moved = [name for name, value in network.state_dict().items() if not torch.equal(value, before[name])]
@@ -302,7 +297,7 @@ def test_one_process_waits_for_nobody():
             stored_images(network.config, 2),
             Coefficients(1e-3, 1.0, 0.1),
             StepSettings(),
-            noise=normal_noise(0),
+            noise=latent_noise(network.config),
         )
     assert waiting.waited.read() == 0 < waiting.total.read()
     assert waiting.total.read() == 0, "what was read is gone"

@@ -42,6 +42,11 @@ def normal_noise(seed: int) -> Noise:
     return lambda shape: torch.randn(shape, generator=generator)
 
 
+def latent_noise(config: NVAEConfig, count: int = 2, seed: int = 1) -> Tensor:
+    """(count, L) standard normal draws, as an update takes them."""
+    return normal_noise(seed)((count, config.num_latents))
+
+
 def uniform_noise(seed: int) -> Noise:
     generator = seeded(seed)
     return lambda shape: torch.rand(shape, generator=generator)
