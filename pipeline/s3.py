@@ -183,7 +183,7 @@ def _put(url: str, total: int, part: Callable[[int, int], bytes]) -> None:
         parts = _put_parts(url, upload_id, total, part)
         _complete(url, upload_id, parts, total)
     except BaseException:
-        patiently(lambda: _ask(url, "abort_multipart_upload", Key=key, UploadId=upload_id), url)
+        _abort(url, key, upload_id)
         raise
 
 
@@ -243,3 +243,34 @@ def delete_below(url: str) -> int:
         answer = patiently(lambda: _ask(url, "delete_objects", **arguments), url)  # noqa: B023
         refused += len(answer.get("Errors", []))
     return refused
+
+
+def drop_uploads(url: str, of: Callable[[str], bool]) -> int:
+    """Give up the uploads in parts below a folder of whose path below it `of` is true; how many."""
+    prefix, found = _prefix(url), []
+    after: dict[str, Any] = {}
+
+    def next_page() -> Any:
+        return _ask(url, "list_multipart_uploads", Prefix=prefix, **after)
+
+    while True:
+        page = patiently(next_page, url)
+        found += [each for each in page.get("Uploads", []) if of(each["Key"].removeprefix(prefix))]
+        if not page.get("IsTruncated"):
+            break
+        after = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
+    for each in found:
+        _abort(url, each["Key"], each["UploadId"])
+    return len(found)
+
+
+def _abort(url: str, key: str, upload_id: str) -> None:
+    def abort() -> None:
+        try:
+            _ask(url, "abort_multipart_upload", Key=key, UploadId=upload_id)
+        except FileNotFoundError as error:
+            # It has ended meanwhile, or the answer to an earlier try was lost.
+            if code_of(error) != "NoSuchUpload":
+                raise
+
+    patiently(abort, url)

@@ -15,7 +15,7 @@ sync.
 """
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -44,6 +44,7 @@ __all__ = [
     "configure",
     "delete",
     "download_file",
+    "drop_uploads",
     "exists",
     "for_ray",
     "give_up_when",
@@ -243,6 +244,20 @@ def delete(url: str, recursive: bool = False) -> None:
     bucket.delete(place)
     if recursive and (left := bucket.delete_below(place)):
         raise StoreError(f"{shown(url)}: {left} files could not be deleted; do you have the permission?")
+
+
+def drop_uploads(url: str, of: Callable[[str], bool]) -> int:
+    """Give up what dead processes began to upload below the folder `url` and never ended; how many files.
+
+    Of large files a bucket keeps the parts that arrived, unseen and at the price of files. `of`
+    is told the path below the folder and says whose upload is to be given up: a living one
+    would fail. Only S3 has such parts: a local write leaves a file that the next one sweeps,
+    Google's expires after a week.
+
+    Raises StoreError if the store refuses.
+    """
+    place = _writable(url)
+    return s3.drop_uploads(place, of) if scheme(place) == "s3" else 0
 
 
 def _writable(url: str) -> str:

@@ -239,6 +239,12 @@ def directories(run_url: str) -> list[Directory]:
     return sorted(found, reverse=True)
 
 
+def attempt_of(directory: str) -> int | None:
+    """The attempt that writes a directory of this name; None if it is not a checkpoint's."""
+    match = _DIRECTORY.fullmatch(directory)
+    return int(match["attempt"]) if match else None
+
+
 def claims(run_url: str) -> list[int]:
     """Every attempt that is known to have begun."""
     names = storage.list_dir(checkpoints_url(run_url))

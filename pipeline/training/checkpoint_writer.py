@@ -29,6 +29,7 @@ from pipeline.training.checkpoint import (
     FORMAT_VERSION,
     CheckpointError,
     Directory,
+    attempt_of,
     checkpoints,
     checkpoints_url,
     claims,
@@ -95,6 +96,7 @@ class CheckpointWriter:
         self._in_flight: Future[None] | None = None
         self._failure: Exception | None = None
         self._last_saved: int | None = None
+        self._swept = False
         self._host = HostCopy()
         # Value of the best metric (None: not measured) of each whole checkpoint there is.
         self._values: dict[Directory, float | None] = {}
@@ -210,6 +212,22 @@ class CheckpointWriter:
             self._prune()
         except Exception as error:
             logger.warning("old checkpoints could not be deleted, the next save tries again: %s", error)
+        if not self._swept:
+            self._sweep()
+
+    def _sweep(self) -> None:
+        """Gives up what earlier attempts had begun to upload when they died; once per attempt."""
+
+        def is_of_an_earlier_attempt(path: str) -> bool:
+            attempt = attempt_of(path.partition("/")[0])
+            return attempt is not None and attempt < self._attempt
+
+        self._swept = True
+        try:
+            storage.drop_uploads(checkpoints_url(self._run_url), is_of_an_earlier_attempt)
+        except Exception as error:
+            # A key may be allowed to write and not to list uploads; nothing but money depends on it.
+            logger.warning("unfinished uploads of earlier launches could not be given up: %s", error)
 
     def _note(self, directory: Directory, metrics: Mapping[str, float | None], sound: bool) -> None:
         self._values[directory] = metrics.get(self._best_metric)

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import boto3
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -19,6 +20,7 @@ from pipeline import storage
 from pipeline.artifacts import ArtifactError, NewerFormatError, sealed
 from pipeline.training.checkpoint import CheckpointError, newest, open_checkpoint
 from pipeline.training.checkpoint_writer import CheckpointWriter, SupersededError, claim_attempt
+from tests.fault_proxy import Fail, FaultProxy, Request
 
 RECORD = {"config": {"train": {"seed": 1}}, "interventions": []}
 
@@ -525,6 +527,35 @@ def test_checkpoints_come_back_from_a_real_object_store(s3: str) -> None:
     found = newest(run)
     assert found is not None
     assert found.images_seen == 128
+
+
+def asks_for_uploads(request: Request) -> bool:
+    return request.method == "GET" and "uploads" in request.query.split("&")
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_what_killed_launches_had_begun_to_upload_is_given_up_by_the_next(
+    s3: str, fault_proxy: FaultProxy, caplog: pytest.LogCaptureFixture, allowed: bool
+) -> None:
+    run = storage.join(s3, f"runs/parts-{os.getpid()}-{allowed}")
+    attempt = [claim_attempt(run), claim_attempt(run)][-1]
+    client, bucket = boto3.client("s3"), s3.removeprefix("s3://")
+    prefix = f"runs/parts-{os.getpid()}-{allowed}/checkpoints/"
+    earlier, others = ["000000000064-001", "000000000128-001"], ["000000000064-002", "000000000064-003", "x"]
+    for directory in (*earlier, *others):
+        client.create_multipart_upload(Bucket=bucket, Key=f"{prefix}{directory}/model.safetensors")
+    if not allowed:
+        fault_proxy.add(Fail(403, "AccessDenied"), asks_for_uploads)
+    writer = CheckpointWriter(run, attempt, keep=2)
+    writer.save(tensors(), RECORD, 192, {})
+    writer.wait()
+    fault_proxy.clear()
+    assert "000000000192-002" in kept(run)
+    left = client.list_multipart_uploads(Bucket=bucket, Prefix=prefix)["Uploads"]
+    names = [each["Key"].removeprefix(prefix).partition("/")[0] for each in left]
+    assert sorted(names) == sorted(others if allowed else earlier + others)
+    assert ("could not be given up" in caplog.text) == (not allowed)
+    assert storage.drop_uploads(run, lambda path: path.startswith("checkpoints/")) == len(left)
 
 
 @pytest.fixture(autouse=True)
