@@ -246,6 +246,8 @@ def list_runs(as_json: bool, store: str | None) -> None:
         "images_seen": "IMAGES SEEN",
         "total_images": "OF",
         "bits_per_dim": "BITS/DIM",
+        "skipped": "SKIPPED",
+        "rollbacks": "ROLLBACKS",
         "model": "MODEL",
         "created": "CREATED",
     }
@@ -254,13 +256,20 @@ def list_runs(as_json: bool, store: str | None) -> None:
 
 @runs.command("show")
 @click.argument("name")
+@click.option("--settings", "with_settings", is_flag=True, help="Show its settings, too.")
 @json_option
 @store_option
-def show_run(name: str, as_json: bool, store: str | None) -> None:
-    """One run: settings, launches, checkpoints, result."""
-    from cluster import runs as known
+def show_run(name: str, with_settings: bool, as_json: bool, store: str | None) -> None:
+    """How a run goes: its newest numbers, what was done against divergence, checkpoints, result.
 
-    show_facts(known.describe(name, store), as_json)
+    All of it comes from the run's folder, whether MLflow answers or not. JSON has everything, under
+    the names that the curves have.
+    """
+    from cluster import runs as known
+    from cluster.run_report import report
+
+    facts = known.describe(name, store)
+    show_facts(facts if as_json else report(facts, with_settings), as_json)
 
 
 @runs.command()

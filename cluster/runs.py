@@ -1,35 +1,45 @@
 """`nvae runs`: what the store knows of training runs, as the command line shows it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from datetime import UTC, datetime
 from typing import Any
 
 from pipeline import lease, run_folder, settings
 from pipeline import store as stores
 from pipeline.run_folder import RunRecord
-from pipeline.training.checkpoint import checkpoints, images_saved
+from pipeline.training.checkpoint import BEST_METRIC, Checkpoint, checkpoints
+from pipeline.training.interventions import ROLLBACKS, Kind
+from pipeline.training.latest import newest_line, trouble
 
 
 def listing(store: str | None) -> Iterator[dict[str, Any]]:
     """A row for each run, the newest first."""
     located = stores.locate(store)
     for record in run_folder.all_records(located):
+        url = run_folder.folder(located, record.name)
+        saved = checkpoints(url)
+        done = trouble(url, saved[0] if saved else None).counts
         yield {
             "name": record.name,
             "state": _state(located, record),
-            "images_seen": images_saved(run_folder.folder(located, record.name)),
+            "images_seen": saved[0].images_seen if saved else 0,
             "total_images": record.config["train"]["total_images"],
-            "bits_per_dim": record.result.get("metrics", {}).get("validation/bits_per_dim"),
+            "bits_per_dim": record.result.get("metrics", {}).get(BEST_METRIC, _best(saved)),
+            "skipped": done[Kind.SKIP],
+            "rollbacks": sum(done[kind] for kind in ROLLBACKS),
             "model": record.result.get("model"),
             "created": record.created,
         }
 
 
 def describe(name: str, store: str | None) -> dict[str, Any]:
-    """One run by name, its settings by their dotted paths."""
+    """Everything about one run, for programs: its settings by their dotted paths, its newest numbers."""
     located = stores.locate(store)
     record = run_folder.known_record(located, name)
     url = run_folder.folder(located, name)
+    saved = checkpoints(url)
+    line, done = newest_line(url), trouble(url, saved[0] if saved else None)
     result = {key: value for key, value in record.result.items() if key != "metrics"}
     return {
         "name": name,
@@ -41,7 +51,19 @@ def describe(name: str, store: str | None) -> dict[str, Any]:
         "data_hash": record.data_hash,
         "parent": record.parent,
         "launches": [asdict(launch) for launch in record.launches],
-        "checkpoints": [{"images_seen": saved.images_seen, "url": saved.url} for saved in checkpoints(url)],
+        "checkpoints": [
+            {"images_seen": each.images_seen, "created": _created(each).isoformat(), "url": each.url}
+            for each in saved
+        ],
+        "newest_checkpoint_age_seconds": _age(_created(saved[0])) if saved else None,
+        "best_bits_per_dim": _best(saved),
+        "interventions": {str(kind): count for kind, count in done.counts.items()},
+        "last_intervention": done.last or None,
+        "logged": {
+            "images_seen": line.images_seen,
+            "age_seconds": _age(line.noted) if line.noted else None,
+            "numbers": dict(line.numbers),
+        },
         **result,
         **record.result.get("metrics", {}),
         **dict(settings.flatten(record.config)),
@@ -79,3 +101,18 @@ def _state(store: str, record: RunRecord) -> str:
     if record.state == "running" and lease.holder(run_folder.folder(store, record.name)) is None:
         return "killed"
     return record.state
+
+
+def _best(saved: Sequence[Checkpoint]) -> float | None:
+    """The lowest bits/dim that was measured at a checkpoint; the best one is always kept."""
+    measured = [value for each in saved if (value := each.metrics.get(BEST_METRIC)) is not None]
+    return min(measured, default=None)
+
+
+def _created(checkpoint: Checkpoint) -> datetime:
+    return datetime.fromisoformat(checkpoint.manifest.fields["created"])
+
+
+def _age(moment: datetime) -> float:
+    """Seconds since then, by this machine's clock."""
+    return max((datetime.now(UTC) - moment).total_seconds(), 0.0)

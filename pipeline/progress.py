@@ -61,7 +61,7 @@ def training_line(metrics: Mapping[str, float], images_seen: int, total_images: 
         ("data/store_retries", "request", "tried again"),
     ):
         if metrics.get(name):
-            columns.append(f"{_counted(metrics[name], what)} {became}")
+            columns.append(f"{counted(metrics[name], what)} {became}")
     return "  ".join(columns)
 
 
@@ -77,10 +77,11 @@ def evaluation_line(scores: Mapping[str, float], images_seen: int) -> str:
     if weighted is not None:
         line += f"; importance-weighted {weighted:.3f} bits/dim"
     corrupt = scores.get("validation/corrupt_images")
-    return f"{line}; {_counted(corrupt, 'corrupt image')} left out" if corrupt else line
+    return f"{line}; {counted(corrupt, 'corrupt image')} left out" if corrupt else line
 
 
-def _counted(number: float, what: str) -> str:
+def counted(number: float, what: str) -> str:
+    """`1 worker`, `1,200 workers`."""
     return f"{number:,.0f} {what}" + ("" if round(number) == 1 else "s")
 
 

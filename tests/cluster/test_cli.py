@@ -18,6 +18,8 @@ from cluster import training
 from cluster.cli import cli
 from pipeline import config_file, lease, run_folder
 from pipeline.models.registry import Registry
+from pipeline.training.interventions import Kind
+from pipeline.training.journal import Journal
 from tests.tiny_run import NVAE, Home, Outcome, nvae, points
 
 RUN = "by-hand"
@@ -237,6 +239,11 @@ def test_every_listing_has_a_form_for_programs(home: Home, trained: str, capsys:
     assert [launch["workers"] for launch in shown["launches"]] == [1]
     assert shown["checkpoint"] in [saved["url"] for saved in shown["checkpoints"]]
     assert shown["checkpoints"][0]["images_seen"] == 48
+    assert shown["interventions"] == {"skip": 0, "clip": 0, "roll_back": 0, "soften": 0, "give_up": 0}
+    logged = shown["logged"]
+    assert logged["images_seen"] == 48
+    steering = {"speed/images_per_second", "speed/communication_fraction", "train/gradient_norm"}
+    assert steering | {"data/wait_fraction", "train/active_channels/group_01"} <= logged["numbers"].keys()
     assert not [key for key in shown if " " in key]
     assert f"models:/nvae-{RUN}/1" in [version["model"] for version in listed("registry", "list")]
     assert listed("registry", "list", f"nvae-{RUN}")[0]["aliases"] == ["best"]
@@ -258,10 +265,36 @@ def test_a_listing_for_people_names_the_same(home: Home, trained: str, capsys: C
     assert f"nvae-{RUN}" in nvae(capsys, "registry", "list").out
     assert "splits.train.samples\t18\n" in nvae(capsys, "shards", "show", "store:tiny").out
     shown = nvae(capsys, "runs", "show", RUN).out
-    assert "\nmodel.groups_per_scale\t1, 1\n" in shown
-    assert "\ncheckpoints.1\timages_seen 48, url " in shown
-    assert re.search(r"\nlaunches\.1\tstarted .*, host .*, workers 1\n", shown)
+    assert "model.groups_per_scale" not in shown
+    assert "\nmodel.groups_per_scale\t1, 1\n" in nvae(capsys, "runs", "show", RUN, "--settings").out
+    assert re.search(r"\ncheckpoint\tat 48 images, \d+s old, earlier ones at 32, ", shown)
+    assert re.search(r"\nstart 1\t.* on .*, 1 worker\n", shown)
     assert "aliases\tbest\n" in nvae(capsys, "registry", "show", trained).out
+
+
+def test_a_run_says_in_the_morning_what_the_night_was_like(home: Home, capsys: Capture) -> None:
+    """Nothing of it asks MLflow, which has never been there."""
+    spec = home.begin("night", "train.total_images=4800", tracking="http://127.0.0.1:9")
+    journal = Journal(spec.url, attempt=1)
+    numbers = {"train/bits_per_dim": 2.5, "speed/images_per_second": 10.0, "memory/reserved_gib/max": 3.0}
+    numbers |= {"train/active_channels": 3, "train/active_channels/group_01": 2}
+    journal.note("metrics", at=1200, values=numbers | {"train/active_channels/group_00": 1})
+    journal.note("metrics", at=1240, values={f"stability/{kind}": float(kind == "skip") for kind in Kind})
+    journal.note("tag", key="stability.last", value="At 1,240 images: update skipped: because")
+    journal.close()
+    run_folder.update_record(spec.url, state="running")
+    with lease.held(spec.url):
+        shown = nvae(capsys, "runs", "show", "night").out.splitlines()
+        listed = nvae(capsys, "runs", "list").out.splitlines()
+    assert "state\trunning" in shown
+    assert any(line.startswith("images\t1,200 of 4,800 (25%), 6m 00s left, logged ") for line in shown)
+    assert "memory\t3.0 GiB of the fullest device" in shown
+    assert "active channels\t3: 1, 2 (of 2 in each group, coarsest first)" in shown
+    assert "against divergence\t1 skipped update" in shown
+    assert "last of that\tAt 1,240 images: update skipped: because" in shown
+    assert "checkpoint\tnone yet" in shown
+    row = dict(zip(listed[0].split("\t"), next(x for x in listed if "night" in x).split("\t"), strict=True))
+    assert (row["STATE"], row["SKIPPED"], row["ROLLBACKS"]) == ("running", "1", "0")
 
 
 def test_a_store_without_any_training_has_an_empty_registry(
