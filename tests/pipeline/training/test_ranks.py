@@ -1,5 +1,8 @@
 """Several real processes that train together: interrupted and resumed they are the uninterrupted run."""
 
+import json
+import shutil
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -19,11 +22,13 @@ from pipeline.training.recovery import agreed
 from pipeline.training.state import Training
 from pipeline.training.tracking import NullTracker
 from pipeline.training.train import train
-from pipeline.training.worker import LocalWorker, Phase
-from tests.injecting import CrashError
+from pipeline.training.worker import LocalWorker, Phase, Worker
+from tests.injecting import CrashError, Injecting, crash
 from tests.tiny_run import Home
 
 TOTAL = 48
+HALF = 24
+BATCH = 6
 
 
 class Rank(LocalWorker):
@@ -49,12 +54,22 @@ class Rank(LocalWorker):
             raise CrashError
 
 
-def launch(url: str, config: RunConfig, crash_at: int | None = None) -> None:
+class Curves(NullTracker):
+    """Keeps what rank 0 would send to MLflow."""
+
+    def __init__(self) -> None:
+        self.at: dict[int, Mapping[str, float]] = {}
+
+    def log(self, metrics: Mapping[str, float], at: int) -> None:
+        self.at[at] = self.at.get(at, {}) | metrics
+
+
+def launch(url: str, config: RunConfig, worker: Worker, crash_at: int | None = None) -> Curves:
     """From the newest checkpoint to the end, or to where all ranks crash."""
-    worker = Rank(crash_at)
     writer = CheckpointWriter(url, claim_attempt(url), keep=9) if worker.rank == 0 else None
     resume = agreed(partial(newest, url), url, worker)
-    training = Training(config, load_index(config.data.root), worker, NullTracker(), writer, url)
+    curves = Curves()
+    training = Training(config, load_index(config.data.root), worker, curves, writer, url)
     try:
         assert train(training, resume) == "finished"
     except CrashError:
@@ -63,37 +78,50 @@ def launch(url: str, config: RunConfig, crash_at: int | None = None) -> None:
         if writer is not None:
             writer.wait()
     worker.barrier()
+    return curves
 
 
 def run_rank(rank: int, world_size: int, folder: str, config: RunConfig, crashes: tuple[int, ...]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=world_size)
-    launch(f"{folder}/whole", config)
+    launch(f"{folder}/whole", config, Rank(None))
     for crash_at in crashes:
-        launch(f"{folder}/{crash_at}", config, crash_at)
-        launch(f"{folder}/{crash_at}", config)
+        launch(f"{folder}/{crash_at}", config, Rank(crash_at), crash_at)
+        launch(f"{folder}/{crash_at}", config, Rank(None))
+    curves = launch(f"{folder}/wide", config, Rank(HALF + BATCH), HALF + BATCH)
+    if rank == 0:
+        Path(folder, "wide.json").write_text(json.dumps(curves.at[HALF + BATCH]))
     dist.destroy_process_group()
 
 
+def alone(url: str, config: RunConfig, crash_at: int) -> Curves:
+    """Like `launch`, but in one process that knows of no other."""
+    return launch(url, config, Injecting(LocalWorker(), {crash_at: crash}), crash_at)
+
+
 @pytest.mark.parametrize(
-    ("world_size", "crashes"), [(2, (24,)), pytest.param(3, (6, 24, 42), marks=pytest.mark.campaign)]
+    ("world_size", "crashes"), [(2, (HALF,)), pytest.param(3, (6, HALF, 42), marks=pytest.mark.campaign)]
 )
-def test_ranks_that_crashed_and_continued_end_with_the_same_files_byte_by_byte(
+def test_ranks_that_crashed_and_continued_make_the_same_updates(
     home: Home, tmp_path: Path, world_size: int, crashes: tuple[int, ...]
 ) -> None:
-    """With three ranks also the order of adding up decides about the last bits."""
+    """At the same width the files are the same byte by byte; at another the next update is, but for
+    rounding. With three ranks also the order of adding up decides about the last bits."""
     config = config_file.load(
         home.yaml,
         [
             f"data.root={home.store}/data/tiny",
             "data.lanes=6",
-            "train.batch_size=6",
+            f"train.batch_size={BATCH}",
+            f"cadence.log_images={BATCH}",
             "cadence.checkpoint_images=12",
             "cadence.evaluate_images=1000",
             "evaluation.images=3",
             f"train.total_images={TOTAL}",
         ],
     )
+    alone(str(tmp_path / "narrow"), config, HALF)
+    shutil.copytree(tmp_path / "narrow", tmp_path / "wide")
     multiprocessing.spawn(
         run_rank, args=(world_size, str(tmp_path), config, crashes), nprocs=world_size, join=True
     )
@@ -106,3 +134,9 @@ def test_ranks_that_crashed_and_continued_end_with_the_same_files_byte_by_byte(
         assert (resumed.images_seen, resumed.attempt) == (TOTAL, 2)
         assert resumed.manifest.files == whole.manifest.files
         assert resumed.record == whole.record
+
+    narrow = alone(str(tmp_path / "narrow"), config, HALF + BATCH).at
+    wide = json.loads((tmp_path / "wide.json").read_text())
+    assert list(narrow) == [HALF + BATCH], "it did not continue from the checkpoint"
+    for name in ("train/loss", "train/gradient_norm", "train/reconstruction_nats", "train/kl_nats"):
+        assert wide[name] == pytest.approx(narrow[HALF + BATCH][name], rel=1e-5), name
