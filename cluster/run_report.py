@@ -57,6 +57,13 @@ def report(facts: Mapping[str, Any], with_settings: bool = False) -> dict[str, A
         "against divergence": _interventions(facts["interventions"]),
         "last of that": facts["last_intervention"],
         "checkpoint": _checkpoint(facts),
+        "saving": _listed(
+            _worded(numbers, "checkpoint/write_seconds", "{:.1f} s in the background"),
+            _worded(numbers, "checkpoint/delay_seconds", "{:.2f} s of waiting"),
+            _worded(numbers, "checkpoint/failed", "{:.0f} failed"),
+            _worded(numbers, "checkpoint/left_out", "{:.0f} left out in the last interval"),
+        )
+        or None,
         **_starts(facts["launches"]),
         "model": facts.get("verdict") or facts.get("unregistered"),
         "weights": facts.get("export"),

@@ -41,8 +41,8 @@ def training_line(metrics: Mapping[str, float], images_seen: int, total_images: 
 
     Reads `train/bits_per_dim`, `speed/images_per_second`, of which the remaining time follows,
     `data/wait_fraction`, and the memory that the fullest rank needs: of its GPU, or of its process.
-    What is absent is a dash. Skipped updates, corrupt samples and requests to the store that were
-    tried again are told behind, where there are any.
+    What is absent is a dash. Skipped updates, corrupt samples, requests to the store that were tried
+    again and checkpoints that are not there are told behind, where there are any.
     """
     rate = metrics.get("speed/images_per_second")
     remaining = (total_images - images_seen) / rate if rate else None
@@ -59,6 +59,8 @@ def training_line(metrics: Mapping[str, float], images_seen: int, total_images: 
         ("train/skipped_updates", "update", "skipped"),
         ("data/corrupt_samples", "corrupt sample", "skipped"),
         ("data/store_retries", "request", "tried again"),
+        ("checkpoint/left_out", "checkpoint", "left out"),
+        ("checkpoint/failed", "checkpoint", "not written"),
     ):
         if metrics.get(name):
             columns.append(f"{counted(metrics[name], what)} {became}")

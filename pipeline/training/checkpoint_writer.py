@@ -19,6 +19,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime
+from types import MappingProxyType
 from typing import Any
 
 from pipeline import storage
@@ -36,6 +37,18 @@ from pipeline.training.checkpoint import (
     directories,
 )
 from pipeline.training.host_copy import Files, HostCopy
+
+NAMES = MappingProxyType(
+    {
+        "checkpoint/delay_seconds": "that saving held the training up in the interval, waiting and copying",
+        "checkpoint/write_seconds": "that a save took in the background to reach the store; the longest of "
+        "those that ended in the interval, successful or not",
+        "checkpoint/left_out": "saves left out in the interval, because the one before was still going on",
+        "checkpoint/failed": "saves of the interval that did not reach the store; the next one tries again",
+        "checkpoint/images_since": "images seen since the newest save of this launch that did",
+    }
+)
+"""Metrics of rank 0, which saves; what has not happened yet is left out."""
 
 _NOTABLE_SECONDS = 1.0
 """A wait of the training that the log mentions."""
@@ -90,6 +103,14 @@ class CheckpointWriter:
         """How long `save` has held up its caller, all in all, waiting and copying."""
         self.left_out = 0
         """Saves that were left out, because the one before took too long."""
+        self.failed = 0
+        """Saves that did not reach the store."""
+        self._told = (0.0, 0, 0)
+        """These three, when `metrics` was last asked for them."""
+        self._write_seconds: list[float] = []
+        """Of the saves that ended since then."""
+        self._stored: int | None = None
+        """Images seen at the newest checkpoint that this attempt has brought to the store."""
         self._run_url, self._attempt, self._keep = run_url, attempt, keep
         self._best_metric, self._before_commit = best_metric, before_commit
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -160,6 +181,22 @@ class CheckpointWriter:
         self._in_flight = self._executor.submit(self._write, fields)
         self.delay_seconds += time.monotonic() - began
 
+    def metrics(self, images_seen: int) -> dict[str, float]:
+        """What saving has cost since the last call, by the names of NAMES."""
+        now, before = (self.delay_seconds, self.left_out, self.failed), self._told
+        ended, self._write_seconds, self._told = self._write_seconds, [], now
+        delay_seconds, left_out, failed = (new - old for new, old in zip(now, before, strict=True))
+        metrics = {
+            "checkpoint/delay_seconds": delay_seconds,
+            "checkpoint/left_out": float(left_out),
+            "checkpoint/failed": float(failed),
+        }
+        if ended:
+            metrics["checkpoint/write_seconds"] = max(ended)
+        if self._stored is not None:
+            metrics["checkpoint/images_since"] = float(images_seen - self._stored)
+        return metrics
+
     def settle(self) -> None:
         """Returns when no save is under way, so that checkpoints neither come nor go meanwhile."""
         if self._in_flight is None:
@@ -194,6 +231,7 @@ class CheckpointWriter:
         images_seen = fields["images_seen"]
         name = f"{images_seen:012d}-{self._attempt:03d}"
         directory = Directory(self._attempt, images_seen, storage.join(checkpoints_url(self._run_url), name))
+        began = time.monotonic()
         try:
             write_directory(
                 directory.url, self._contents(), format=FORMAT, version=FORMAT_VERSION, fields=fields
@@ -202,11 +240,15 @@ class CheckpointWriter:
             # Whatever it is, it must not end a training whose older checkpoints are intact.
             self._failure = error
             self._last_saved = None
+            self.failed += 1
             logger.warning("checkpoint %s was not written, the older ones are kept: %s", name, error)
             if not isinstance(error, SupersededError):
                 self._discard(directory)
             return
+        finally:
+            self._write_seconds.append(time.monotonic() - began)
         self._failure = None
+        self._stored = images_seen
         self._note(directory, fields["metrics"], fields["sound"])
         try:
             self._prune()

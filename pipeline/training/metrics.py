@@ -25,7 +25,7 @@ from nvae.config import NVAEConfig
 from nvae.objective import active_channels, bits_per_dim
 from nvae.step import Coefficients, StepResult
 from pipeline import storage
-from pipeline.training import interventions, machine
+from pipeline.training import checkpoint_writer, interventions, machine
 from pipeline.training.machine import Machine, fold
 from pipeline.training.worker import Worker
 
@@ -63,6 +63,7 @@ NAMES = MappingProxyType(
         "data/cached_fraction": "share of the bytes of shards that came from the local cache; 0 without one",
         "stability/loss_score": "robust deviations above the median of the updates before; highest",
         "stability/gradient_score": "the same of the logarithm of the gradient's norm",
+        **checkpoint_writer.NAMES,
         **interventions.NAMES,
         **machine.NAMES,
     }

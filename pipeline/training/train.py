@@ -198,6 +198,8 @@ def log(training: Training, state: TrainState, metrics: Metrics) -> None:
     """Note and show the numbers since the log line before."""
     config = training.config
     numbers = metrics.reduce() | state.highest_scores()
+    if training.checkpoints is not None:
+        numbers |= training.checkpoints.metrics(state.images_seen)
     training.tracker.log(numbers, at=state.images_seen)
     training.worker.say(training_line(numbers, state.images_seen, config.train.total_images))
     if not config.stability.enabled:

@@ -92,6 +92,8 @@ def test_the_longest_run_has_lines_of_100_columns():
         ("train/skipped_updates", "1 update skipped", "3 updates skipped"),
         ("data/corrupt_samples", "1 corrupt sample skipped", "3 corrupt samples skipped"),
         ("data/store_retries", "1 request tried again", "3 requests tried again"),
+        ("checkpoint/left_out", "1 checkpoint left out", "3 checkpoints left out"),
+        ("checkpoint/failed", "1 checkpoint not written", "3 checkpoints not written"),
     ],
 )
 def test_training_lines_end_with_what_went_wrong(name, one, several):

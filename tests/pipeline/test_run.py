@@ -217,6 +217,8 @@ def test_the_curves_are_in_images_seen(home: Home, finished: dict[str, Any]) -> 
         "schedule/spectral_coefficient",
         "speed/images_per_second",
         "data/wait_seconds",
+        "checkpoint/delay_seconds",
+        "checkpoint/images_since",
     }
     assert wanted - metrics.keys() == set()
     assert [at for at, _ in history(home, RUN, "train/nelbo_nats")] == [8, 16, 24, 32, 40, 48]

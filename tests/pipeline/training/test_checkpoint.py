@@ -19,7 +19,7 @@ from torch import Tensor
 from pipeline import storage
 from pipeline.artifacts import ArtifactError, NewerFormatError, sealed
 from pipeline.training.checkpoint import CheckpointError, newest, open_checkpoint
-from pipeline.training.checkpoint_writer import CheckpointWriter, SupersededError, claim_attempt
+from pipeline.training.checkpoint_writer import NAMES, CheckpointWriter, SupersededError, claim_attempt
 from tests.fault_proxy import Fail, FaultProxy, Request
 
 RECORD = {"config": {"train": {"seed": 1}}, "interventions": []}
@@ -369,6 +369,31 @@ def test_a_save_that_may_be_left_out_does_not_wait_for_the_one_before(
     writer.save(tensors(192), RECORD, 192, {}, may_be_left_out=True)
     writer.wait()
     assert kept(run) == ["000000000064-001", "000000000192-001"]
+
+
+def test_what_saving_costs_is_measured_from_one_log_line_to_the_next(run: str) -> None:
+    """A slow store, one that is full, and one that does as it is told."""
+    may_commit = threading.Event()
+    writer = CheckpointWriter(run, 1, 3, before_commit=may_commit.wait)
+    writer.save(tensors(), RECORD, 64, {})
+    writer.save(tensors(), RECORD, 80, {}, may_be_left_out=True)
+    slow = writer.metrics(96)
+    assert (slow["checkpoint/left_out"], slow["checkpoint/failed"]) == (1, 0)
+    assert not {"checkpoint/write_seconds", "checkpoint/images_since"} & slow.keys()
+    threading.Timer(0.2, may_commit.set).start()
+    writer.save(tensors(), RECORD, 128, {})
+    writer.settle()
+    waited = writer.metrics(144)
+    assert waited["checkpoint/delay_seconds"] > 0.1 < waited["checkpoint/write_seconds"]
+    assert (waited["checkpoint/left_out"], waited["checkpoint/images_since"]) == (0, 16)
+    in_the_way = Path(run) / "checkpoints" / "000000000192-001" / "ema.safetensors" / "a folder"
+    in_the_way.mkdir(parents=True)
+    writer.save(tensors(), RECORD, 192, {})
+    writer.settle()
+    full = writer.metrics(208)
+    assert (full["checkpoint/failed"], full["checkpoint/images_since"]) == (1, 208 - 128)
+    assert full.keys() == NAMES.keys()
+    assert writer.metrics(224).keys() == NAMES.keys() - {"checkpoint/write_seconds"}
 
 
 # -- retention --------------------------------------------------------------------------
