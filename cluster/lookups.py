@@ -207,6 +207,7 @@ def list_versions(name: str | None, as_json: bool, store: str | None, tracking: 
         "aliases": "ALIASES",
         "bits_per_dim": "BITS/DIM",
         "images_seen": "IMAGES SEEN",
+        "run_ended": "ITS RUN",
         "data": "DATA",
         "created": "CREATED",
     }

@@ -118,6 +118,7 @@ def versions(name: str | None, store: str | None, tracking: str | None) -> Itera
                 "aliases": list(version.aliases),
                 "bits_per_dim": version.score,
                 "images_seen": version.images_seen,
+                "run_ended": version.run_ended,
                 "data": version.data_root,
                 "created": version.created,
             }

@@ -38,6 +38,9 @@ class Version:
     code_version: str
     parent: str
     """Model whose weights the run began with; empty without one."""
+    run_ended: str
+    """How the run ended that trained it: "finished" or "diverged", for good and despite all rollbacks.
+    The weights themselves are of a checkpoint from before."""
     metrics: Mapping[str, float]
 
     @property
@@ -96,6 +99,7 @@ def parse_version(
         data_root=tags.get("data.root", ""),
         code_version=tags.get("code.version", ""),
         parent=tags.get("parent", ""),
+        run_ended="diverged" if tags.get("run.diverged") == "true" else "finished",
         metrics={key: _number(value) for key, value in tags.items() if key.startswith(_METRIC_PREFIX)},
     )
 

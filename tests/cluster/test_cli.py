@@ -247,8 +247,10 @@ def test_every_listing_has_a_form_for_programs(home: Home, trained: str, capsys:
     assert not [key for key in shown if " " in key]
     assert f"models:/nvae-{RUN}/1" in [version["model"] for version in listed("registry", "list")]
     assert listed("registry", "list", f"nvae-{RUN}")[0]["aliases"] == ["best"]
+    assert listed("registry", "list", f"nvae-{RUN}")[0]["run_ended"] == "finished"
     version = listed("registry", "show", trained)
     assert (version["run_name"], version["aliases"], version["parent"]) == (RUN, ["best"], None)
+    assert version["run_ended"] == "finished"
     assert listed("shards", "show", "store:tiny")["splits"]["train"]["samples"] == 18
     assert listed("shards", "verify", "store:tiny") == []
     assert "ffhq256" in listed("config", "show")

@@ -45,8 +45,10 @@ class Place:
         experiment = self.client.create_experiment("nvae", artifact_location=location)
         self.run_id = self.client.create_run(experiment).info.run_id
 
-    def export(self, seed: int = 0, bits: float = 4.0, data_hash: str = "d1" * 32) -> Manifest:
-        lineage = Lineage("faces", self.run_id, 100, data_hash, "0.1.0+abc")
+    def export(
+        self, seed: int = 0, bits: float = 4.0, data_hash: str = "d1" * 32, diverged: bool = False
+    ) -> Manifest:
+        lineage = Lineage("faces", self.run_id, 100, data_hash, "0.1.0+abc", diverged=diverged)
         metrics = {BITS: bits, "validation/images": 7.0}
         return export(self.store, "nvae-faces", tiny_model(seed), tiny_config(), lineage, metrics)
 
@@ -120,6 +122,16 @@ def test_a_version_knows_what_it_was_trained_on_and_how_good_it_is(place):
     assert version == Registry(place.uri).find("models:/nvae-faces@best")
 
 
+def test_a_model_of_a_run_that_diverged_says_so(place):
+    place.register(0, 4.0)
+    place.register(1, 3.0, diverged=True)
+    versions = Registry(place.uri).versions("nvae-faces")
+    assert [(version.run_ended, version.aliases) for version in versions] == [
+        ("diverged", ("best",)),
+        ("finished", ()),
+    ]
+
+
 def test_the_small_files_are_artifacts_of_the_run_and_the_weights_are_not(place):
     place.register()
     files = {Path(file.path).name for file in place.client.list_artifacts(place.run_id, "model")}
@@ -175,7 +187,7 @@ def test_listing_shows_every_version_with_its_aliases(place):
 
 
 def version(number: str, bits: float, data_hash: str = "a") -> Version:
-    return Version("m", number, (), "", "", "", "", "", "", 0, data_hash, "", "", "", {BITS: bits})
+    return Version("m", number, (), "", "", "", "", "", "", 0, data_hash, "", "", "", "", {BITS: bits})
 
 
 @pytest.mark.parametrize(
@@ -197,7 +209,7 @@ def test_best_moves_only_to_a_finite_lower_score_on_the_same_data(bits, holder, 
 
 
 def test_a_version_that_was_never_evaluated_is_not_the_best():
-    unmeasured = Version("m", "2", (), "", "", "", "", "", "", 0, "a", "", "", "", {})
+    unmeasured = Version("m", "2", (), "", "", "", "", "", "", 0, "a", "", "", "", "", {})
     assert judge(unmeasured, None) == (False, f"its {BITS} is missing or not finite")
     assert best_of([unmeasured]) is None
 
