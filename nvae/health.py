@@ -124,8 +124,11 @@ def agree(
 
 @torch.no_grad()
 def magnitude(tensors: Iterable[Tensor]) -> Tensor:
-    """The sum of all absolute values: not finite if one value is not."""
-    return get_total_norm([tensor.detach() for tensor in tensors], norm_type=1.0, foreach=True)
+    """The L2 norm of all values: not finite if one is not, or is beyond 1e19 and of no use either.
+
+    On a CPU it takes a third of the time of the sum of absolute values, or of the largest.
+    """
+    return get_total_norm([tensor.detach() for tensor in tensors], foreach=True)
 
 
 class Buffers:

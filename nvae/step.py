@@ -151,18 +151,21 @@ def update(
 
     with record_function("step/optimizer"):
         total = _add(done)
-        gradient_norm = get_total_norm(_gradients(network), foreach=True)
+        # Once: walking through a deep model takes milliseconds.
+        parameters = list(network.parameters())
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        gradient_norm = get_total_norm(gradients, foreach=True)
         agreement = agree(
             loss=total.loss / global_weight,
             penalties=penalties.loss.detach(),
             gradient_norm=gradient_norm,
             buffers=before.numbers,
-            weights=network.parameters(),
+            weights=parameters,
             ballot=ballot,
             limits=limits,
         )
         if agreement.reading.made:
-            _clip(network, agreement.gradient_norm, settings, limits)
+            _clip(parameters, agreement.gradient_norm, settings, limits)
             _step(optimizer, coefficients)
             if ema is not None:
                 ema.update_parameters(network)
@@ -261,16 +264,14 @@ def _add(terms: Sequence[_Terms]) -> _Terms:
     )
 
 
-def _gradients(network: NVAE) -> list[Tensor]:
-    return [p.grad for p in network.parameters() if p.grad is not None]
-
-
-def _clip(network: NVAE, gradient_norm: Tensor, settings: StepSettings, limits: Limits) -> None:
+def _clip(
+    parameters: Sequence[nn.Parameter], gradient_norm: Tensor, settings: StepSettings, limits: Limits
+) -> None:
     highest = math.inf if settings.gradient_clip_norm is None else settings.gradient_clip_norm
     if limits.clip:
         highest = min(highest, limits.gradient_norm)
     if math.isfinite(highest):
-        clip_grads_with_norm_(network.parameters(), highest, gradient_norm, foreach=True)
+        clip_grads_with_norm_(parameters, highest, gradient_norm, foreach=True)
 
 
 def _step(optimizer: Optimizer, coefficients: Coefficients) -> None:

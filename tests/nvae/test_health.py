@@ -53,6 +53,11 @@ def test_every_kind_of_trouble_has_its_name(where: str, trouble: Trouble, bad: f
     assert (found.trouble, found.made) == (trouble, False)
 
 
+def test_a_number_that_no_network_makes_sense_of_counts_as_not_finite() -> None:
+    assert reading(weights=[torch.tensor([-1e18])], buffers=[torch.tensor([1e18])]).made
+    assert reading(weights=[torch.tensor([-1e20, 1.0])]).trouble is Trouble.WEIGHTS
+
+
 def test_spikes_are_told_from_numbers_that_are_none_and_long_gradients_may_be_clipped() -> None:
     long = {"gradient_norm": torch.tensor(3.1)}
     assert reading(loss=torch.tensor(2.1)).trouble is Trouble.LOSS_SPIKE
