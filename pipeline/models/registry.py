@@ -12,7 +12,6 @@ so neither a changed store nor an artifact of the tracking server can slip in ot
 The alias `best` is moved by a gate and not by whoever came last (`versions.judge`).
 """
 
-import os
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -23,7 +22,6 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from pipeline import storage
@@ -42,17 +40,17 @@ from pipeline.models.export import (
     load_directory,
 )
 from pipeline.models.versions import Version, best_of, is_ours, judge, parse_version, version_tags
+from pipeline.training.mlflow_client import Client
+from pipeline.training.pace import PERSON_LIMIT_SECONDS, Pace
 
 BEST = "best"
 
 _PASSED = "best.passed"
 _REFERENCE = re.compile(r"models:/(?P<name>[^/@:]+)(?:@(?P<alias>[A-Za-z0-9_.-]+)|/(?P<version>[0-9]{1,9}))")
-# MLflow's own patience with a server that is down is four minutes for each call.
-_PATIENCE = {
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",
-    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
-}
+
+
+class UnreachableError(RegistryError):
+    """MLflow cannot be reached, or refuses; it may be otherwise later."""
 
 
 class MissingDatabaseError(RegistryError):
@@ -92,23 +90,23 @@ def load(ref: str, tracking_uri: str) -> LoadedModel:
 class Registry:
     """The registered models of one MLflow: a database (`sqlite:///...`) or a server.
 
-    Every method raises RegistryError if MLflow cannot be reached or refuses.
+    Every method raises UnreachableError if MLflow cannot be reached or refuses. Time limits follow the
+    server's pace from call to call.
     """
 
     def __init__(self, tracking_uri: str) -> None:
-        for variable, value in _PATIENCE.items():
-            os.environ.setdefault(variable, value)
         _refuse_missing_database(tracking_uri)
         self.tracking_uri = tracking_uri
+        self._client = Client(tracking_uri, Pace(PERSON_LIMIT_SECONDS))
         with self._asking():
-            self._client = MlflowClient(tracking_uri=tracking_uri, registry_uri=tracking_uri)
+            self._client.open()
 
     # -- looking up -----------------------------------------------------------------------
 
     def names(self) -> list[str]:
         """Every registered model, in alphabetical order."""
         with self._asking():
-            models = list(_pages(self._client.search_registered_models, max_results=1000))
+            models = list(self._pages(lambda mlflow: mlflow.search_registered_models, max_results=1000))
         return sorted(model.name for model in models if NAME.fullmatch(model.name))
 
     def versions(self, name: str) -> list[Version]:
@@ -144,7 +142,7 @@ class Registry:
         Raises RegistryError if there is no such model.
         """
         check_name(name)
-        model = self._unless_missing(lambda: self._client.get_registered_model(name))
+        model = self._unless_missing(lambda mlflow: mlflow.get_registered_model(name))
         if model is None:
             names = self.names()
             raise RegistryError(
@@ -154,7 +152,7 @@ class Registry:
         return {alias: str(version) for alias, version in model.aliases.items()}
 
     def _get(self, name: str, number: str, aliases: Mapping[str, str]) -> Version:
-        found = self._unless_missing(lambda: self._client.get_model_version(name, number))
+        found = self._unless_missing(lambda mlflow: mlflow.get_model_version(name, number))
         if found is None:
             newest = ", ".join(version.version for version in self.versions(name)[:10]) or "none"
             raise RegistryError(f"{name} has no version {number}; the newest: {newest}.")
@@ -169,7 +167,10 @@ class Registry:
         """Our versions of one model, which exists, that have all these tags; newest first."""
         filter_string = f"name = '{name}'{condition}"
         with self._asking():
-            found = list(_pages(self._client.search_model_versions, filter_string, max_results=10_000))
+            search = self._pages(
+                lambda mlflow: mlflow.search_model_versions, filter_string, max_results=10_000
+            )
+            found = list(search)
         versions = [_parse(version, aliases) for version in found if is_ours(version.tags)]
         return sorted(versions, key=lambda version: int(version.version), reverse=True)
 
@@ -197,7 +198,7 @@ class Registry:
     def _create_model(self, name: str) -> None:
         with self._asking():
             try:
-                self._client.create_registered_model(name)
+                self._client.ask(lambda mlflow: mlflow.create_registered_model(name))
             except MlflowException as error:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise
@@ -214,13 +215,15 @@ class Registry:
             for file in (CONFIG, SAMPLES):
                 (Path(folder) / file).write_bytes(read_verified(manifest, file))
             (Path(folder) / MANIFEST).write_bytes(storage.read_bytes(storage.join(manifest.url, MANIFEST)))
-            self._client.log_artifacts(run_id, folder, "model")
-            created = self._client.create_model_version(
-                name,
-                f"runs:/{run_id}/model",
-                run_id=run_id,
-                tags=version_tags(manifest, WEIGHTS),
-                await_creation_for=0,
+            self._client.ask(lambda mlflow: mlflow.log_artifacts(run_id, folder, "model"))
+            created = self._client.ask(
+                lambda mlflow: mlflow.create_model_version(
+                    name,
+                    f"runs:/{run_id}/model",
+                    run_id=run_id,
+                    tags=version_tags(manifest, WEIGHTS),
+                    await_creation_for=0,
+                )
             )
         return _parse(created, {})
 
@@ -244,7 +247,7 @@ class Registry:
         aliases = self._aliases(name)
         if BEST not in aliases:
             return None
-        found = self._unless_missing(lambda: self._client.get_model_version(name, aliases[BEST]))
+        found = self._unless_missing(lambda mlflow: mlflow.get_model_version(name, aliases[BEST]))
         return _parse(found, aliases) if found is not None and is_ours(found.tags) else None
 
     def _crown(self, candidate: Version) -> Version:
@@ -256,7 +259,9 @@ class Registry:
         """
         name, winner = candidate.name, candidate
         with self._asking():
-            self._client.set_model_version_tag(name, candidate.version, _PASSED, "true")
+            self._client.ask(
+                lambda mlflow: mlflow.set_model_version_tag(name, candidate.version, _PASSED, "true")
+            )
         while True:
             self._move_best(winner)
             passed = self._search(name, {}, f" and tags.`{_PASSED}` = 'true'")
@@ -266,12 +271,15 @@ class Registry:
             winner = best
 
     def _move_best(self, version: Version) -> None:
+        def move(mlflow: Any) -> None:
+            mlflow.set_registered_model_alias(version.name, BEST, version.version)
+
         with self._asking():
             try:
-                self._client.set_registered_model_alias(version.name, BEST, version.version)
+                self._client.ask(move)
             except MlflowException:
                 # Of two that create the alias at once, the database refuses one; now it is there.
-                self._client.set_registered_model_alias(version.name, BEST, version.version)
+                self._client.ask(move)
 
     # -- MLflow's failures ----------------------------------------------------------------
 
@@ -291,34 +299,37 @@ class Registry:
             # MLflow quotes the address, and a password in it would be in the traceback.
             raise self._failure(error) from (None if "@" in self.tracking_uri else error)
 
-    def _failure(self, error: Exception) -> RegistryError:
+    def _failure(self, error: Exception) -> UnreachableError:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         reason = reason.replace(self.tracking_uri, storage.shown(self.tracking_uri))[:300]
-        return RegistryError(
+        return UnreachableError(
             f"MLflow at {storage.shown(self.tracking_uri)} cannot be used: {reason}\nCheck the address "
             "(--tracking or MLFLOW_TRACKING_URI), that the server runs, and that you may write there."
         )
 
-    def _unless_missing(self, ask: Callable[[], Any]) -> Any | None:
-        """`ask()`, or None if MLflow answers that there is no such thing."""
+    def _unless_missing(self, request: Callable[[Any], Any]) -> Any | None:
+        """The answer, or None if MLflow answers that there is no such thing."""
         with self._asking():
             try:
-                return ask()
+                return self._client.ask(request)
             except MlflowException as error:
                 if error.error_code == "RESOURCE_DOES_NOT_EXIST":
                     return None
                 raise
 
-
-def _pages(search: Callable[..., Any], *arguments: Any, max_results: int) -> Iterator[Any]:
-    """Everything that a paged MLflow search finds."""
-    token = None
-    while True:
-        page = search(*arguments, max_results=max_results, page_token=token)
-        yield from page
-        token = page.token
-        if not token:
-            return
+    def _pages(self, search: Callable[[Any], Callable[..., Any]], *arguments: Any, max_results: int) -> Any:
+        """Everything that a paged search of MLflow finds."""
+        token = None
+        while True:
+            page = self._client.ask(
+                lambda mlflow, token=token: search(mlflow)(  # type: ignore[misc]
+                    *arguments, max_results=max_results, page_token=token
+                )
+            )
+            yield from page
+            token = page.token
+            if not token:
+                return
 
 
 def _parse(version: Any, aliases: Mapping[str, str]) -> Version:

@@ -1,4 +1,4 @@
-"""MLflow's own client, asked within time limits that follow the server's pace.
+"""MLflow's own client, asked within time limits that follow the server's pace: curves and registry.
 
 mlflow is imported when it is first asked (2 s). Used is MlflowClient alone: the fluent
 interface keeps the current run in a global, and its asynchronous logging drops what fails
@@ -8,6 +8,7 @@ after its retries.
 import logging
 import math
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,6 +30,9 @@ _ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
 _TIME_LIMIT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
+_limits: list[float] = []
+"""Of the requests that are being made in this process."""
+_limits_lock = threading.Lock()
 
 MISSING, REFUSED, THERE = "RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "RESOURCE_ALREADY_EXISTS"
 """What MLflow calls its definite answers. A proxy's answers have other names."""
@@ -41,25 +45,27 @@ class OutOfTimeError(RuntimeError):
 class Client:
     """One MLflow. Raises whatever MLflow raises while its server is away."""
 
-    def __init__(self, tracking_uri: str) -> None:
+    def __init__(self, tracking_uri: str, pace: Pace | None = None) -> None:
         """Touches nothing yet."""
         self.until = math.inf
         """When requests are no longer begun, by time.monotonic()."""
-        self.pace = Pace()
+        self.pace = pace or Pace()
         self._tracking_uri = tracking_uri
         self._client: Any = None
 
     def ask(self, request: Callable[[Any], Answer]) -> Answer:
-        """The answer to a request, which gets an MlflowClient, within the time that the pace allows."""
+        """The answer to a request, which gets an MlflowClient, within the time that the pace allows.
+
+        A request that is several for MLflow has that time for each.
+        """
         left = self.until - time.monotonic()
         if left <= 0:
             raise OutOfTimeError("the time that was allowed is over")
         self.open()
-        # MLflow reads its time limit here for each request; there is no other way to give it one.
-        os.environ[_TIME_LIMIT] = str(math.ceil(min(self.pace.limit_seconds, left)))
         began = time.monotonic()
         try:
-            answer = request(self._client)
+            with _time_limit(min(self.pace.limit_seconds, left)):
+                answer = request(self._client)
         except Exception as error:
             if code(error) in (MISSING, REFUSED, THERE):
                 self.pace.answered(time.monotonic() - began)
@@ -83,7 +89,7 @@ class Client:
             self.database.parent.mkdir(parents=True, exist_ok=True)
         with self.alone():
             # Makes the tables of a new SQLite database, which two processes must not do at once.
-            self._client = MlflowClient(tracking_uri=self._tracking_uri)
+            self._client = MlflowClient(self._tracking_uri, registry_uri=self._tracking_uri)
 
     @property
     def database(self) -> Path | None:
@@ -102,9 +108,38 @@ class Client:
             return
         import fcntl
 
-        with self.database.with_name(self.database.name + ".lock").open("w") as file:
+        try:
+            file = self.database.with_name(self.database.name + ".lock").open("w")
+        except PermissionError:
+            # Who may not write there, and only looks, makes no tables either.
+            yield
+            return
+        with file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
+
+
+@contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """MLflow's limit for a request meanwhile.
+
+    MLflow reads it from the environment for each request; there is no other way to give it one. So
+    of several threads that ask, the most patient one decides.
+    """
+
+    def put() -> None:
+        if _limits:
+            os.environ[_TIME_LIMIT] = str(math.ceil(max(_limits)))
+
+    with _limits_lock:
+        _limits.append(seconds)
+        put()
+    try:
+        yield
+    finally:
+        with _limits_lock:
+            _limits.remove(seconds)
+            put()
 
 
 def code(error: Exception) -> str:

@@ -7,6 +7,8 @@ and returns when answers are quick again.
 """
 
 FIRST_LIMIT_SECONDS, LONGEST_LIMIT_SECONDS = 5.0, 120.0
+PERSON_LIMIT_SECONDS = 20.0
+"""The first limit where nobody asks again by himself: a person waits for one answer."""
 MOST_POINTS, FEWEST_POINTS = 1000, 50
 """Points per request; more than 1,000 MLflow does not take."""
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.5, 30.0
@@ -15,8 +17,8 @@ FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.5, 30.0
 class Pace:
     """What the answers so far have taught. A pure state: it neither waits nor asks."""
 
-    def __init__(self) -> None:
-        self.limit_seconds = FIRST_LIMIT_SECONDS
+    def __init__(self, limit_seconds: float = FIRST_LIMIT_SECONDS) -> None:
+        self.limit_seconds = limit_seconds
         """How long the next answer may take."""
         self.points = MOST_POINTS
         """How many points the next request carries at most."""

@@ -15,6 +15,8 @@ from mlflow import MlflowClient
 from pipeline import storage
 from pipeline.training import courier, delivery
 from pipeline.training.journal import Journal
+from pipeline.training.mlflow_client import Client
+from pipeline.training.pace import PERSON_LIMIT_SECONDS, Pace
 from pipeline.training.run_description import TrackingError, redact
 from pipeline.training.tracking import (
     DeliveryError,
@@ -513,6 +515,18 @@ def test_a_server_that_is_away_at_the_start_in_the_middle_and_busy_gets_every_po
     assert (found.info.status, found.data.params["train.seed"]) == ("FINISHED", "1")
     assert slowest < 0.1  # Noting takes 0.1 ms; a busy machine may suspend the thread.
     assert 1 <= caplog.text.count("cannot be delivered") <= 2
+
+
+def test_of_several_who_ask_at_once_the_most_patient_sets_the_time_limit(sqlite: str) -> None:
+    """MLflow has one limit for the whole process: the registry's must not be cut by the curves'."""
+
+    def limit(_: object) -> str:
+        return os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"]
+
+    curves, registry = Client(sqlite), Client(sqlite, Pace(PERSON_LIMIT_SECONDS))
+    assert curves.ask(limit) == "5"
+    assert registry.ask(lambda _: (curves.ask(limit), limit(_))) == ("20", "20")
+    assert curves.ask(limit) == "5"
 
 
 def test_mlflow_is_imported_by_the_delivery_alone() -> None:
