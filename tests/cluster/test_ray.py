@@ -43,7 +43,7 @@ def launched(
 
 
 def test_two_workers_see_the_images_of_one_and_stay_one_model(home: Home, cluster: None) -> None:
-    """Their noise differs, so that losses agree only roughly; all that has no noise agrees."""
+    """Noise is each image's own, so that all that is learned agrees but for rounding."""
     config = settle(home.config("cadence.log_images=16"), home.store)
     arguments = {"config": config_file.to_mapping(config), "images": 16}
     one = few_updates(arguments, LocalWorker())
@@ -53,14 +53,10 @@ def test_two_workers_see_the_images_of_one_and_stay_one_model(home: Home, cluste
     assert two["images"] == one["images"]
     assert two["images_seen"] == one["images_seen"] == 16
     assert two["apart"] == 0
-    schedule = [name for name in one["metrics"] if name.startswith("schedule/")]
-    assert len(schedule) == 3
-    assert {name: two["metrics"][name] for name in schedule} == {
-        name: one["metrics"][name] for name in schedule
-    }
-    assert two["metrics"]["train/bits_per_dim"] == pytest.approx(
-        one["metrics"]["train/bits_per_dim"], rel=0.05
-    )
+    learned = [name for name in one["metrics"] if name.startswith(("schedule/", "train/"))]
+    assert {"schedule/learning_rate", "train/loss", "train/gradient_norm", "train/kl_nats"} < set(learned)
+    for name in learned:
+        assert two["metrics"][name] == pytest.approx(one["metrics"][name], rel=1e-5), name
 
 
 @pytest.mark.campaign
