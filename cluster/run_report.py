@@ -65,7 +65,7 @@ def report(facts: Mapping[str, Any], with_settings: bool = False) -> dict[str, A
         )
         or None,
         **_starts(facts["launches"]),
-        "model": facts.get("verdict") or facts.get("unregistered"),
+        "model": facts.get("model") and facts["verdict"],
         "weights": facts.get("export"),
         "folder": facts["url"],
         "mlflow": facts["mlflow"],

@@ -26,6 +26,8 @@ from pipeline.training.worker import LocalWorker, Poll
 from pipeline.width import Workers
 
 EXIT_CODES = {"finished": 0, "stopped": 0, "failed": 1, "diverged": 3}
+NOT_REGISTERED = 4
+"""Exit code of a run that is finished but for its registration."""
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,8 @@ def execute(plan: Plan) -> int:
         with run.running(spec) as end:
             end.update(_work(plan, prepared, spec))
     say(farewell(plan, spec, end))
+    if end["state"] == "finished" and end["result"]["model"] is None:
+        return NOT_REGISTERED
     return EXIT_CODES[end["state"]]
 
 
@@ -185,13 +189,15 @@ def farewell(plan: Plan, spec: run.RunSpec, end: Mapping[str, Any]) -> str:
     """How the run ended, where everything is, and what to try next."""
     if end["state"] == "diverged":
         saved, reason = end["result"], f"Diverged: {end['reason']}"
-        if not saved:
+        if not saved or saved["model"] is None:
             return reason
         return (
             f"{reason}\nIts best checkpoint before, at {saved['images_seen']:,} images, is {saved['model']}."
         )
     if end["state"] == "stopped":
         return f"Stopped. Run the same command again to continue {spec.name}."
+    if end["result"]["model"] is None:
+        return f"Finished {spec.name}, trained at {images_saved(spec.url):,} images. {end['reason']}"
     result = end["result"]
     bits = result["metrics"].get("validation/bits_per_dim")
     score = "" if bits is None else f", {bits:.3f} bits/dim on the validation split"

@@ -9,30 +9,28 @@ repeating the command is always the right thing to do.
 
 import shutil
 import subprocess
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from nvae.model import NVAE
 from pipeline import config_file, run_folder, storage
 from pipeline.artifacts import MANIFEST
 from pipeline.config import RunConfig
 from pipeline.data.index import VALIDATION, load_index
-from pipeline.errors import FailedError
 from pipeline.models.evaluation import evaluate
-from pipeline.models.export import Lineage, RegistryError, export, load_directory, write_weights
-from pipeline.models.registry import Registry, load
+from pipeline.models.export import Lineage, export, load_directory, write_weights
+from pipeline.models.registry import Registry, UnreachableError, load
 from pipeline.preparation import Prepared, registered_name
 from pipeline.progress import evaluation_line
+from pipeline.registration import NotRegisteredError, Patience
 from pipeline.run_folder import RunError, RunRecord
 from pipeline.training.checkpoint import Checkpoint, best, newest
 from pipeline.training.checkpoint_writer import CheckpointWriter, claim_attempt
-from pipeline.training.pace import pause_seconds
 from pipeline.training.recovery import DivergedError, agreed
 from pipeline.training.run_description import status_of
 from pipeline.training.state import Training
@@ -42,10 +40,6 @@ from pipeline.training.validation import StoppedError, draw_pictures, validation
 from pipeline.training.worker import Worker
 
 EXPERIMENT = "nvae"
-REGISTRATION_SECONDS = 60.0
-"""How long a run that is trained waits for MLflow to register its model."""
-
-Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True)
@@ -224,11 +218,8 @@ def _work(training: Training, spec: RunSpec, resume: Checkpoint | None) -> dict[
     except StoppedError:
         tracker.status("KILLED")
         return {"state": "stopped", "reason": ""}
-    except FailedError as error:
-        if state != "diverged":
-            raise
-        # What ended the run is the divergence, and nobody else will say so.
-        result, reason = {}, f"{reason}\nIts last good checkpoint is not registered: {error}"
+    if result and result["model"] is None:
+        reason = f"{reason}\n{result['verdict']}".lstrip()
     tracker.status("FINISHED" if state == "finished" else "FAILED")
     return {"state": state, "reason": reason, "result": result}
 
@@ -308,52 +299,48 @@ def _register(
 ) -> dict[str, Any]:
     """Export the weights and register them; what the user will want to know of it.
 
-    Raises FailedError if MLflow does not answer in time.
+    `model` is None there if MLflow did not take it, and `verdict` says why.
     """
     name = registered_name(spec.name, training.config)
-    run_id = _until_mlflow_answers(lambda: _run_id(training.tracker), spec)
-    lineage = Lineage(
-        run_name=spec.name,
-        run_id=run_id,
-        images_seen=chosen.images_seen,
-        data_hash=spec.data_hash,
-        code_version=code_version(),
-        parent=spec.initial_model,
-        diverged=state == "diverged",
-    )
-    manifest = export(spec.store, name, model, training.config, lineage, scores)
-    registration = _until_mlflow_answers(
-        lambda: Registry(spec.tracking_uri).register(manifest.url, name), spec
-    )
-    return {
+    patience = Patience(training.worker, spec.tracking_uri)
+    result: dict[str, Any] = {
         "metrics": dict(scores),
         "images_seen": chosen.images_seen,
+        "checkpoint": chosen.url,
+        "export": None,
+    }
+    try:
+        run_id = patience.ask(lambda: _run_id(training.tracker))
+        lineage = Lineage(
+            run_name=spec.name,
+            run_id=run_id,
+            images_seen=chosen.images_seen,
+            data_hash=spec.data_hash,
+            code_version=code_version(),
+            parent=spec.initial_model,
+            diverged=state == "diverged",
+        )
+        manifest = export(spec.store, name, model, training.config, lineage, scores)
+        result["export"] = manifest.url
+        registry = patience.ask(lambda: Registry(spec.tracking_uri))
+        registration = patience.ask(lambda: registry.register(manifest.url, name))
+    except NotRegisteredError as error:
+        verdict = (
+            f"The model is not registered: {error}\nIts weights are safe in {chosen.url}. Run the same "
+            f"command again when MLflow at {storage.shown(spec.tracking_uri)} answers: it registers them "
+            "without training again."
+        )
+        return {**result, "model": None, "alias": None, "verdict": verdict}
+    return {
+        **result,
         "model": registration.version.ref,
         "alias": f"models:/{name}@best" if registration.is_best else None,
         "verdict": registration.verdict,
-        "export": manifest.url,
-        "checkpoint": chosen.url,
         "mlflow_run_id": run_id,
     }
 
 
 def _run_id(tracker: Tracker) -> str:
     if not tracker.run_id:
-        raise RegistryError("MLflow has not answered since the run was started")
+        raise UnreachableError("MLflow has not answered since the run was started.")
     return tracker.run_id
-
-
-def _until_mlflow_answers(ask: Callable[[], Answer], spec: RunSpec) -> Answer:
-    """`ask()`, again while it raises RegistryError; a FailedError after a minute of that."""
-    begun, failures = time.monotonic(), 0
-    while True:
-        try:
-            return ask()
-        except RegistryError as error:
-            failures += 1
-            if time.monotonic() - begun > REGISTRATION_SECONDS:
-                raise FailedError(
-                    f"The model is trained, but not registered: {error}\nRun the same command again when "
-                    f"MLflow at {storage.shown(spec.tracking_uri)} answers."
-                ) from error
-            time.sleep(pause_seconds(failures, overloaded=False))

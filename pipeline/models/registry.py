@@ -53,7 +53,7 @@ class UnreachableError(RegistryError):
     """MLflow cannot be reached, or refuses; it may be otherwise later."""
 
 
-class MissingDatabaseError(RegistryError):
+class MissingDatabaseError(UnreachableError):
     """No training has made an MLflow database there yet."""
 
 

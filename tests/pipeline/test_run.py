@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,15 @@ from mlflow import MlflowClient
 from pipeline import config_file, run, run_folder
 from pipeline.data import shards
 from pipeline.data.index import ShardError, load_index
-from pipeline.errors import FailedError, InputError
+from pipeline.errors import InputError
 from pipeline.models.export import RegistryError
 from pipeline.models.registry import Registry
 from pipeline.run_folder import RunError
-from pipeline.training.checkpoint import images_saved
-from pipeline.training.tracking import TrackingError
+from pipeline.training.checkpoint import checkpoints, images_saved
+from pipeline.training.tracking import RunTracker, TrackingError
 from pipeline.training.worker import LocalWorker
 from tests.injecting import CrashError, Injecting, crash, stop
-from tests.tiny_run import Home, points
+from tests.tiny_run import Home, nvae, points
 
 RUN = "all-of-it"
 NATS = ("nelbo_nats", "reconstruction_nats", "kl_nats", "kl_nats/group_00", "kl_nats/group_01")
@@ -283,13 +284,45 @@ def test_a_finished_run_that_is_repeated_registers_nothing_twice(
     assert [at for at, _ in history(home, RUN, "train/loss")] == [8, 16, 24, 32, 40, 48]
 
 
-@pytest.mark.campaign  # waits for MLflow as long as a training does at its end, 30 s
-def test_a_run_whose_mlflow_never_answers_keeps_everything_for_the_next_launch(home: Home) -> None:
-    prepared = home.prepare("untold", "train.total_images=8", tracking="http://127.0.0.1:1")
-    spec = run.begin(prepared)
-    assert spec.mlflow_run_id == ""
-    with pytest.raises(FailedError, match="trained, but not registered"), run.running(spec) as end:
-        end.update(run.work(vars(spec), LocalWorker()))
-    assert run_folder.known_record(home.store, "untold").state == "failed"
-    assert home.train("untold", "train.total_images=8")["state"] == "finished"
+def test_a_run_whose_mlflow_never_answers_is_finished_and_registered_by_the_next_launch(
+    home: Home, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setattr("pipeline.registration.PATIENCE_SECONDS", 1.0)
+    monkeypatch.setattr(RunTracker.close, "__defaults__", (0.5,))
+    command = ["train", "tiny.yaml", "train.total_images=8", "--local", "--name", "untold"]
+    ended = nvae(capsys, *command, "--tracking", "http://127.0.0.1:1")
+    assert ended.code == 4
+    assert "Finished untold, trained at 8 images. The model is not registered: " in ended.err
+    record = run_folder.known_record(home.store, "untold")
+    assert (record.state, record.result["model"]) == ("finished", None)
+    assert "not registered" in record.reason
+    assert record.result["checkpoint"] in record.reason
+    assert "Run the same command again when MLflow at http://127.0.0.1:1 answers" in record.reason
+    trained = checkpoints(home.run_url("untold"))
+    again = home.train("untold", "train.total_images=8")
+    assert (again["state"], again["reason"]) == ("finished", "")
+    assert again["result"]["alias"] == "models:/nvae-untold@best"
     assert [at for at, _ in history(home, "untold", "train/loss")] == [8]
+    assert checkpoints(home.run_url("untold")) == trained
+
+
+def test_a_run_that_waits_for_mlflow_can_be_stopped_and_registered_later(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setattr(RunTracker.close, "__defaults__", (0.5,))
+    spec = run.begin(home.prepare("patient", "train.total_images=8", tracking="http://127.0.0.1:1"))
+    asked = threading.Event()
+    worker = LocalWorker(asked_to_stop=asked.is_set)
+    say = worker.say
+
+    def hear(line: str) -> None:
+        say(line)
+        if "does not take it yet" in line:
+            asked.set()
+
+    monkeypatch.setattr(worker, "say", hear)
+    end = run.work(vars(spec), worker)
+    assert asked.is_set()
+    assert end == {"state": "stopped", "reason": ""}
