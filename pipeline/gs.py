@@ -7,7 +7,6 @@ so that bytes of two versions are never joined.
 
 from collections.abc import Iterator
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 from pipeline.buckets import system
@@ -85,11 +84,6 @@ def write(url: str, data: bytes | memoryview) -> None:
     """Put an object of these bytes, under our patience."""
     # What gcsfs does with a memoryview is not documented.
     patiently(lambda: system(url).pipe_file(url, bytes(data)), url)
-
-
-def upload(local: Path, url: str) -> None:
-    """Put a local file, under our patience."""
-    patiently(lambda: system(url).put_file(str(local), url), url)
 
 
 def delete(url: str) -> None:

@@ -9,7 +9,6 @@ is a request of its own, under our patience.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 from pipeline.buckets import system
@@ -157,48 +156,29 @@ def _pages(url: str, **arguments: Any) -> Iterator[dict[str, Any]]:
 
 def write(url: str, data: bytes | memoryview) -> None:
     """Put an object of these bytes, under our patience."""
-    view = memoryview(data)
-    _put(url, len(data), lambda start, stop: bytes(view[start:stop]))
-
-
-def upload(local: Path, url: str) -> None:
-    """Put a local file, under our patience; a few parts of it at a time are in memory."""
-
-    def part(start: int, stop: int) -> bytes:
-        with local.open("rb") as file:
-            file.seek(start)
-            return file.read(stop - start)
-
-    _put(url, local.stat().st_size, part)
-
-
-def _put(url: str, total: int, part: Callable[[int, int], bytes]) -> None:
-    if total < 2 * PART_BYTES:
-        data = part(0, total)
-        patiently(lambda: _ask(url, "put_object", len(data), Key=_place(url)[1], Body=data), url)
+    view, key = memoryview(data), _place(url)[1]
+    if len(data) < 2 * PART_BYTES:
+        patiently(lambda: _ask(url, "put_object", len(data), Key=key, Body=bytes(view)), url)
         return
-    key = _place(url)[1]
     upload_id = patiently(lambda: _ask(url, "create_multipart_upload", Key=key), url)["UploadId"]
     try:
-        parts = _put_parts(url, upload_id, total, part)
-        _complete(url, upload_id, parts, total)
+        parts = _put_parts(url, upload_id, view)
+        _complete(url, upload_id, parts, len(data))
     except BaseException:
         _abort(url, key, upload_id)
         raise
 
 
-def _put_parts(
-    url: str, upload_id: str, total: int, part: Callable[[int, int], bytes]
-) -> list[dict[str, Any]]:
-    length = max(PART_BYTES, math.ceil(total / _MOST_PARTS))
+def _put_parts(url: str, upload_id: str, view: memoryview) -> list[dict[str, Any]]:
+    length = max(PART_BYTES, math.ceil(len(view) / _MOST_PARTS))
 
     def put(number: int) -> dict[str, Any]:
-        data = part((number - 1) * length, min(number * length, total))
+        data = bytes(view[(number - 1) * length : number * length])
         arguments = {"Key": _place(url)[1], "UploadId": upload_id, "PartNumber": number, "Body": data}
         answer = patiently(lambda: _ask(url, "upload_part", len(data), **arguments), url)
         return {"PartNumber": number, "ETag": answer["ETag"]}
 
-    numbers = range(1, math.ceil(total / length) + 1)
+    numbers = range(1, math.ceil(len(view) / length) + 1)
     with ThreadPoolExecutor(_PARTS_AT_ONCE, thread_name_prefix="upload") as pool:
         futures = [pool.submit(put, number) for number in numbers]
         try:

@@ -14,7 +14,6 @@ Local files go through the standard library, not fsspec, which cannot write atom
 sync.
 """
 
-import shutil
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -43,7 +42,6 @@ __all__ = [
     "check_relative",
     "configure",
     "delete",
-    "download_file",
     "drop_uploads",
     "exists",
     "for_ray",
@@ -60,7 +58,6 @@ __all__ = [
     "shown",
     "size",
     "statistics",
-    "upload_file",
     "write_bytes",
 ]
 
@@ -85,7 +82,6 @@ class _Bucket(Protocol):
     def entries(self, url: str) -> dict[str, int | None]: ...
     def times(self, url: str) -> dict[str, int]: ...
     def write(self, url: str, data: bytes | memoryview) -> None: ...
-    def upload(self, local: Path, url: str) -> None: ...
     def delete(self, url: str) -> None: ...
     def delete_below(self, url: str) -> int: ...
 
@@ -175,19 +171,6 @@ def list_times(url: str) -> dict[str, int]:
     return patiently(lambda: _BUCKETS[scheme(place)].times(place), place)
 
 
-def download_file(url: str, local: str | Path) -> None:
-    """Copy a file to `local`, which appears only when complete. Raises like `read_bytes`."""
-    place = normalize(url)
-    with local_files.written_atomically(Path(local)) as temporary:
-        if not is_local(place):
-            transfer.download(place, _opener(place), temporary)
-            return
-        try:
-            shutil.copyfile(place, temporary)
-        except FileNotFoundError as error:
-            raise explain(error, place) from error
-
-
 def _entries(url: str) -> dict[str, int | None]:
     """Size of each file directly in `url` by name; None for folders."""
     place = _listable(url)
@@ -219,16 +202,6 @@ def write_bytes(url: str, data: bytes | memoryview) -> None:
             temporary.write_bytes(data)
     else:
         _BUCKETS[scheme(place)].write(place, data)
-
-
-def upload_file(local: str | Path, url: str) -> None:
-    """Copy a local file to `url`, as `write_bytes` does; large files in parallel parts."""
-    place = _writable(url)
-    if is_local(place):
-        with local_files.written_atomically(Path(place)) as temporary:
-            shutil.copyfile(local, temporary)
-    else:
-        _BUCKETS[scheme(place)].upload(Path(local), place)
 
 
 def delete(url: str, recursive: bool = False) -> None:

@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 
 from pipeline.limits import count, limits
 from pipeline.patience import Patience
@@ -95,22 +94,6 @@ def read(url: str, open_at: Open, start: int, end: int | None) -> bytes:
         return b"".join(_blocks(url, open_at, start, end))
     except ChangedError:
         return b"".join(_blocks(url, open_at, start, end))
-
-
-def download(url: str, open_at: Open, local: Path) -> None:
-    """Write the whole of a file to `local`, holding no more than a few blocks of it in memory.
-
-    Raises like `read`, and the OSError of a disk that cannot be written.
-    """
-    for last_try in (False, True):
-        try:
-            with local.open("wb") as file:
-                for block in _blocks(url, open_at, 0, None):
-                    file.write(block)
-            return
-        except ChangedError:
-            if last_try:
-                raise
 
 
 def _blocks(url: str, open_at: Open, start: int, end: int | None) -> Generator[bytes, None, None]:

@@ -57,7 +57,6 @@ def places_refused(place: Place) -> Row:
         *(storage.read_bytes, storage.exists, storage.list_dir, storage.delete, storage.size),
         lambda url: storage.write_bytes(url, b""),
         lambda url: storage.read_bytes(url, 0, 10),
-        lambda url: storage.download_file(url, place.folder / "download"),
     )
     for url in REFUSED:
         with tally.attempt(f"{url!r}"), watched(place.folder):

@@ -103,7 +103,7 @@ class Place:
         """The same data set in the bucket."""
         root = f"{self.bucket}/{self.folder.name}/{name}"
         for path in Path(index.root).iterdir():
-            storage.upload_file(path, f"{root}/{path.name}")
+            storage.write_bytes(f"{root}/{path.name}", path.read_bytes())
         return load_index(root)
 
 

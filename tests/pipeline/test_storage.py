@@ -8,7 +8,6 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -215,23 +214,13 @@ def test_a_listing_shows_what_another_process_wrote_meanwhile(folder):
     assert storage.list_dir(folder) == ["one", "two"]
 
 
-def test_files_are_copied_up_and_down(folder, tmp_path):
-    content = os.urandom(1 << 20)
-    (tmp_path / "here").write_bytes(content)
-    storage.upload_file(tmp_path / "here", storage.join(folder, "there"))
-    storage.download_file(storage.join(folder, "there"), tmp_path / "back" / "again")
-    assert (tmp_path / "back" / "again").read_bytes() == content
-    assert storage.list_dir(str(tmp_path / "back")) == ["again"]
-
-
-def test_what_is_not_there_is_said_to_be_missing(folder, tmp_path):
+def test_what_is_not_there_is_said_to_be_missing(folder):
     url = storage.join(folder, "nothing")
-    for ask in (storage.read_bytes, storage.size, partial(storage.download_file, local=tmp_path / "x")):
+    for ask in (storage.read_bytes, storage.size):
         with pytest.raises(MissingError, match="nothing"):
             ask(url)
     assert not storage.exists(url)
     assert storage.list_dir(url) == []
-    assert not (tmp_path / "x").exists()
 
 
 def test_many_threads_may_read_at_once(folder):

@@ -88,11 +88,10 @@ def test_a_read_survives_every_kind_of_fault_byte_for_byte(fault, stored, fault_
 
 
 @pytest.mark.parametrize("fault", [Fail(503, "SlowDown"), Reset(after=MB), Cut(after=MB)], ids=repr)
-def test_a_whole_file_is_read_and_downloaded_in_spite_of_faults(fault, stored, fault_proxy, tmp_path):
+def test_a_whole_file_is_read_in_spite_of_faults(fault, stored, fault_proxy):
     rule = fault_proxy.add(fault, gets, every=2)
-    assert storage.read_bytes(stored) == CONTENT
-    storage.download_file(stored, tmp_path / "here")
-    assert (tmp_path / "here").read_bytes() == CONTENT
+    for _ in range(2):
+        assert storage.read_bytes(stored) == CONTENT
     assert rule.struck >= 2
 
 
@@ -222,15 +221,14 @@ def test_everything_but_reading_survives_faults_too(s3, fault_proxy, tmp_path):
     assert len(fault_proxy.injected) == 2
 
 
-def test_an_upload_in_parts_survives_the_loss_of_parts_and_of_the_last_answer(s3, fault_proxy, tmp_path):
+def test_an_upload_in_parts_survives_the_loss_of_parts_and_of_the_last_answer(s3, fault_proxy):
     content = random.Random(3).randbytes(2 * PART_BYTES + 12345)
-    (tmp_path / "large").write_bytes(content)
     fault_proxy.add(Fail(503, "SlowDown"), lambda request: "partNumber=2" in request.query, times=1)
     fault_proxy.add(Reset(), lambda request: "partNumber=3" in request.query, times=1)
     last = fault_proxy.add(
         Reset(after=0), lambda request: request.method == "POST" and "uploadId" in request.query, times=1
     )
-    storage.upload_file(tmp_path / "large", f"{s3}/faults/large")
+    storage.write_bytes(f"{s3}/faults/large", content)
     assert last.struck == 1
     assert storage.read_bytes(f"{s3}/faults/large") == content
 

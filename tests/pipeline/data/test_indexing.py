@@ -124,7 +124,8 @@ def test_grey_images_and_a_bucket_work_alike(tmp_path, s3):
     for part in (0, 1):
         chosen = {name: files[name] for name in names[part::2]}
         write_tar(tmp_path / f"{part}.tar", chosen)
-        storage.upload_file(tmp_path / f"{part}.tar", f"{s3}/{tmp_path.name}/{part}.tar")
+        tar = (tmp_path / f"{part}.tar").read_bytes()
+        storage.write_bytes(f"{s3}/{tmp_path.name}/{part}.tar", tar)
     here = index_tars([str(tmp_path)]).index
     there = index_tars([f"{s3}/{tmp_path.name}/{{0..1}}.tar"]).index
     assert (here.channels, here.content_hash) == (1, there.content_hash)
