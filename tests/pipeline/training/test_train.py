@@ -44,7 +44,7 @@ def learned(home: Home, name: str) -> dict[tuple[str, int], float]:
     return {
         (metric, at): value
         for (metric, at), value in points(home.run_url(name)).items()
-        if not metric.startswith(("speed/", "data/", "memory/", "system/"))
+        if not metric.startswith(("speed/", "data/", "memory/", "system/", "checkpoint/"))
     }
 
 
