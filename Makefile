@@ -33,7 +33,7 @@ lint: .venv/installed  ## style, types and import contracts alone
 campaign: .venv/installed .venv-s3/installed  ## the long tests: faults, restores, installation from a wheel
 	$(BIN)/python -m pytest -m campaign
 
-faults: .venv/installed  ## faults of a training, real processes killed: tried, survived, images lost
+faults: .venv/installed .venv-s3/installed  ## faults of a training, real processes killed: tried, survived, images lost
 	$(BIN)/python -m tests.faults.training $(if $(ONLY),--only $(ONLY)) $(if $(SEED),--seed $(SEED))
 
 faults-data: .venv/installed .venv-s3/installed  ## faults and hostile inputs of the data path: tried, survived

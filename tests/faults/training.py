@@ -18,6 +18,7 @@ from tests.faults import training_kills as kills
 from tests.faults import training_nodes as nodes
 from tests.faults import training_outages as outages
 from tests.faults import training_poison as poison
+from tests.faults import training_stores as stores
 from tests.faults.campaign import command
 from tests.faults.training_runs import HEADING, Place, TrainingRow, place
 
@@ -28,6 +29,8 @@ ROWS: dict[str, Callable[[Place], TrainingRow]] = {
     "width": nodes.widths,
     "save": outages.saves,
     "flip": outages.damage,
+    "upload": stores.uploads,
+    "disk": stores.disks,
     "nan": poison.nans,
     "tracking": outages.tracking,
 }

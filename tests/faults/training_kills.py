@@ -88,7 +88,7 @@ def judged(
     handed_out = sum(
         len(rank.samples) * BATCH / rank.world_size for rank in broken.notes.ranks.values() if rank.pid
     )
-    again = handed_out / broken.config.train.total_images - 1
+    again = handed_out / (broken.stopped_at or broken.config.train.total_images) - 1
     measured = f"{len(broken.notes.starts())} launches, {again:.0%} of the updates made again"
     if whole is not None:
         apart = distance(whole.run_url, broken.run_url)

@@ -158,10 +158,13 @@ class History:
     repeated: int
 
 
-def history(notes: Notes, config: RunConfig, index: Index) -> History:
-    """Compare everything that led to the final weights with the plan of an uninterrupted run."""
+def history(notes: Notes, config: RunConfig, index: Index, stopped_at: int | None = None) -> History:
+    """Compare everything that led to the final weights with the plan of an uninterrupted run.
+
+    `stopped_at` are the images seen by a run that was not trained to its end.
+    """
     assert config.data.lanes is not None
-    batch, total = config.train.batch_size, config.train.total_images
+    batch, total = config.train.batch_size, stopped_at or config.train.total_images
     plan = planned(
         index,
         lanes=config.data.lanes,

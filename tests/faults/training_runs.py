@@ -22,10 +22,11 @@ from uuid import uuid4
 import pytest
 import torch
 
+from pipeline import run_folder
 from pipeline.config import RunConfig
 from pipeline.data import shards
 from pipeline.data.index import Index, load_index
-from pipeline.training.checkpoint import newest
+from pipeline.training.checkpoint import images_saved, newest
 from tests.faults.injection import Row
 from tests.faults.training_notes import History, Notes, history
 from tests.tiny_run import YAML, Home
@@ -164,21 +165,29 @@ def small_updates(updates: int) -> tuple[str, ...]:
 class Training:
     """`nvae train` of one run in processes of its own, as often as it is started; it takes notes."""
 
-    def __init__(self, place: Place, name: str, *settings: str, workers: str = "2") -> None:
-        self.place, self.name, self.settings, self.workers = place, name, settings, workers
+    def __init__(
+        self, place: Place, name: str, *settings: str, workers: str = "2", store: str | None = None
+    ) -> None:
+        """`store` is another than that of the place, whose data set it reads all the same."""
+        self.place, self.name, self.workers = place, name, workers
+        self.store = store or place.home.store
+        elsewhere = f"data.root={place.home.store}/data/tiny"
+        self.settings = (elsewhere, *settings) if store else settings
         self.folder = place.folder / f"notes-{name}"
         self.folder.mkdir()
         self.notes = Notes(self.folder)
         self.output = place.folder / f"{name}.out"
         self.driver: subprocess.Popen[bytes] | None = None
+        self.stopped_at: int | None = None
+        """Images seen when it was stopped for good."""
 
     @property
     def run_url(self) -> str:
-        return self.place.home.run_url(self.name)
+        return run_folder.folder(self.store, self.name)
 
     def start(self, *more: str, **environment: str) -> None:
         """Begin, or go on."""
-        words = ["tiny.yaml", "--name", self.name, *self.settings, *more]
+        words = ["tiny.yaml", "--name", self.name, "--store", self.store, *self.settings, *more]
         if not any(word in ("--local", "--workers") for word in words):
             words += ["--workers", self.workers]
         with self.output.open("ab") as out:
@@ -231,6 +240,13 @@ class Training:
             raise RuntimeError(f"the training ended with {code}: {self.last_words()}")
         self.notes.read()
 
+    def stop(self) -> None:
+        """End it in order before its time."""
+        assert self.driver is not None
+        self.driver.terminate()
+        self.finish()
+        self.stopped_at = images_saved(self.run_url)
+
     def kill_driver(self) -> float:
         """SIGKILL of the driver; returns when that was."""
         assert self.driver is not None
@@ -249,7 +265,7 @@ class Training:
 
     def history(self) -> History:
         """What led to the final weights, beside the plan."""
-        return history(self.notes.read(), self.config, self.place.index)
+        return history(self.notes.read(), self.config, self.place.index, self.stopped_at)
 
 
 def weights(run_url: str) -> dict[str, torch.Tensor]:
