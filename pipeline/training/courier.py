@@ -247,7 +247,11 @@ class BackgroundCourier(threading.Thread):
         try:
             missing = self._courier.check()
         except Exception as error:
-            logger.info("whether MLflow has every point could not be checked: %s", in_short(error))
+            logger.warning(
+                "MLflow took every point; whether it kept them could not be checked (%s). `nvae track "
+                "replay` with the run's name checks, and sends what is missing.",
+                in_short(error),
+            )
         else:
             if missing:
                 logger.warning("MLflow had lost %s points that it had taken; they were sent again", missing)
