@@ -124,16 +124,19 @@ def read_manifest_of(url: str, versions: Mapping[str, int]) -> Manifest:
     location = storage.join(url, MANIFEST)
     try:
         size = storage.size(location)
+        if size > MANIFEST_BYTES:
+            limit = f"{MANIFEST_BYTES >> 20} MiB"
+            raise ArtifactError(
+                f"{storage.shown(location)}: larger than {limit}; this was not written by us."
+            )
+        # It may be deleted at any moment, by the writer who keeps but the newest.
+        text = storage.read_bytes(location)
     except storage.MissingError as error:
         raise ArtifactError(
             f"{storage.shown(url)}: there is no {MANIFEST}. It was never written to its end, or it was "
             "deleted, or the address is wrong."
         ) from error
-    if size > MANIFEST_BYTES:
-        raise ArtifactError(
-            f"{storage.shown(location)}: larger than {MANIFEST_BYTES >> 20} MiB; this was not written by us."
-        )
-    return _parse_manifest(url, storage.read_bytes(location), versions)
+    return _parse_manifest(url, text, versions)
 
 
 def _parse_manifest(url: str, text: bytes, versions: Mapping[str, int]) -> Manifest:
@@ -205,14 +208,14 @@ def read_verified(manifest: Manifest, name: str) -> bytes:
         )
     try:
         size = storage.size(location)
+        if size != entry.bytes:
+            raise ArtifactError(
+                f"{shown}: has {size} bytes, the manifest says {entry.bytes}. The upload was cut short or "
+                "the file was replaced; restore it or use another version."
+            )
+        data: bytes = storage.read_bytes(location)
     except storage.MissingError as error:
         raise ArtifactError(f"{shown}: the file is gone; restore it or use another version.") from error
-    if size != entry.bytes:
-        raise ArtifactError(
-            f"{shown}: has {size} bytes, the manifest says {entry.bytes}. The upload was cut short or "
-            "the file was replaced; restore it or use another version."
-        )
-    data: bytes = storage.read_bytes(location)
     found = hashlib.sha256(data).hexdigest()
     if found != entry.sha256:
         raise ArtifactError(

@@ -204,12 +204,8 @@ def best(run_url: str, metric: str = BEST_METRIC) -> Checkpoint | None:
 
 
 def _read(url: str) -> Checkpoint:
-    try:
-        checkpoint = open_checkpoint(url)
-        checkpoint.read()
-    except storage.MissingError as error:
-        # Between the question whether it exists and the reading.
-        raise ArtifactError(f"{url}: was deleted while it was being read.") from error
+    checkpoint = open_checkpoint(url)
+    checkpoint.read()
     return checkpoint
 
 

@@ -20,6 +20,7 @@ from pipeline.artifacts import (
     tensors_to_bytes,
     write_directory,
 )
+from tests.fault_proxy import Fail
 
 FILES = {"a.bin": b"first", "b.bin": b"second"}
 TENSORS = {"w": torch.arange(6.0).view(2, 3), "n": torch.tensor(3), "none": torch.empty(0, 2)}
@@ -46,6 +47,14 @@ def test_a_writer_that_dies_half_way_leaves_nothing_that_counts(tmp_path):
     assert storage.list_dir(str(tmp_path)) == ["a.bin"]
     with pytest.raises(ArtifactError, match=r"there is no manifest\.json"):
         read_manifest(str(tmp_path), format="test", version=1)
+
+
+@pytest.mark.parametrize("deleted", ["manifest.json", "a.bin"])
+def test_a_file_that_is_deleted_after_it_was_asked_for_is_gone(deleted, s3, fault_proxy):
+    url = write_directory(f"{s3}/artifacts/{deleted}", FILES.items(), format="test", version=1, fields={}).url
+    fault_proxy.add(Fail(404, "NoSuchKey"), lambda each: each.method == "GET" and each.path.endswith(deleted))
+    with pytest.raises(ArtifactError, match=r"there is no manifest|the file is gone"):
+        read_verified(read_manifest(url, format="test", version=1), "a.bin")
 
 
 @pytest.mark.parametrize("name", ["../a", "a/b", "/a", "", ".a", "manifest.json", "s3://b/a"])
