@@ -30,8 +30,10 @@ lint: .venv/installed  ## style, types and import contracts alone
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
-campaign: .venv/installed .venv-s3/installed  ## the long tests: faults, restores, installation from a wheel
+campaign: .venv/installed .venv-s3/installed  ## everything that takes hours: the long tests and both campaigns of faults
 	$(BIN)/python -m pytest -m campaign
+	$(MAKE) faults
+	$(MAKE) faults-data
 
 faults: .venv/installed .venv-s3/installed  ## faults of a training, real processes killed: tried, survived, images lost
 	$(BIN)/python -m tests.faults.training $(if $(ONLY),--only $(ONLY)) $(if $(SEED),--seed $(SEED))

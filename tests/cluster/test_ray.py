@@ -42,6 +42,7 @@ def launched(
     )
 
 
+@pytest.mark.campaign
 def test_two_workers_see_the_images_of_one_and_stay_one_model(home: Home, cluster: None) -> None:
     """Noise is each image's own, so that all that is learned agrees but for rounding."""
     config = settle(home.config("cadence.log_images=16"), home.store)
@@ -83,19 +84,18 @@ def test_what_fails_again_and_again_is_given_up(home: Home, cluster: None, tmp_p
     assert len(said) == MAX_ERRORS
 
 
-@pytest.mark.campaign
 def test_a_killed_worker_is_replaced_and_no_image_is_lost(home: Home, cluster: None) -> None:
-    spec = home.begin("work_killed_once", "train.total_images=160", "cadence.log_images=4", workers=2)
+    spec = home.begin("work_killed_once", "train.total_images=80", "cadence.log_images=4", workers=2)
     said: list[str] = []
     end = launched(home, "work_killed_once", vars(spec), said, progress=lambda: images_saved(spec.url))
     assert end["state"] == "finished"
-    assert [line for line in said if line.startswith("Lost a worker")] != []
+    assert [line for line in said if line.startswith("Lost worker 1")] != []
     continued = [line for line in said if line.startswith("Continuing at")]
     assert len(continued) == 1
     last = newest(spec.url)
     assert last is not None
-    assert (last.images_seen, last.record["updates"], last.attempt) == (160, 40, 2)
-    assert sorted(at for name, at in points(spec.url) if name == "train/loss") == list(range(4, 161, 4))
+    assert (last.images_seen, last.record["updates"], last.attempt) == (80, 20, 2)
+    assert sorted(at for name, at in points(spec.url) if name == "train/loss") == list(range(4, 81, 4))
     assert not Path(spec.url, "ray").exists()
 
 
