@@ -1,10 +1,11 @@
-"""`make faults` in short: a training in one process, killed at random moments, without Ray."""
+"""`make faults` in short, without Ray: a training and its saves killed, checkpoints damaged."""
 
 import multiprocessing
 import random
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import pytest
 import torch
 
 from pipeline.data.index import load_index
@@ -13,8 +14,9 @@ from pipeline.training.checkpoint_writer import CheckpointWriter, claim_attempt
 from pipeline.training.tracking import NullTracker
 from pipeline.training.train import Training, train
 from pipeline.training.worker import LocalWorker
+from tests.faults.training import ROWS
 from tests.faults.training_notes import History, Notes, history, noted
-from tests.faults.training_runs import distance, wait_until
+from tests.faults.training_runs import distance, place, wait_until
 from tests.tiny_run import Home
 
 UPDATES, BATCH, KILLS = 40, 4, 2
@@ -69,3 +71,11 @@ def test_a_training_killed_at_random_moments_ends_with_the_weights_of_an_uninter
     assert distance(whole, broken) == 0
     data = load_index(f"{home.store}/data/tiny")
     assert history(notes, home.config(*SETTINGS), data) == History(lost=0, repeated=0)
+
+
+@pytest.mark.parametrize("name", ["save", "flip"])
+def test_every_death_in_a_save_and_all_damage_is_survived(name: str) -> None:
+    with place(seed=1, short=True) as here:
+        row = ROWS[name](here)
+    assert row.tried > 0
+    assert row.survived == row.tried, "\n".join(row.broken)
