@@ -16,7 +16,7 @@ single checkpoint in place (a kill loses both), pickled optimizer state.
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -131,27 +131,55 @@ def open_checkpoint(url: str) -> Checkpoint:
     return Checkpoint(manifest, images_seen, attempt, record, metrics, sound)
 
 
-def newest(run_url: str, at_most: int | None = None) -> Checkpoint | None:
-    """The newest checkpoint of a run all of whose files are intact; None if it never had one.
+@dataclass(frozen=True)
+class Wanted:
+    """What a checkpoint has to be like to be chosen; by default any will do."""
 
-    With `at_most` only those count that had seen at most so many images. Its files have been
-    read and wait for `load`: they are read once, and who deletes them now does no harm. Broken
-    and unfinished ones are passed over, each with a warning that names what is wrong. Raises
-    CheckpointError if there are checkpoints and every one is broken: to begin again from
-    noise must be the user's decision. Raises NewerFormatError rather than going back behind
-    the checkpoint of a later release.
+    at_most: int | None = None
+    """Images it may have seen."""
+    sound: bool = False
+    """Whether it has to be sound."""
+    left_behind: Sequence[range] = ()
+    """Images seen at those that rollbacks have given up."""
+
+    def may_be_at(self, images_seen: int) -> bool:
+        """Whether one that has seen so many images could do."""
+        return (self.at_most is None or images_seen <= self.at_most) and not any(
+            images_seen in images for images in self.left_behind
+        )
+
+    def takes(self, images_seen: int, *, sound: bool) -> bool:
+        """Whether a checkpoint will do. Retention asks as well, so that it deletes none that rollbacks need."""
+        return self.may_be_at(images_seen) and (sound or not self.sound)
+
+
+ANY = Wanted()
+
+
+def newest(run_url: str, wanted: Wanted = ANY) -> Checkpoint | None:
+    """The newest wanted checkpoint of a run all of whose files are intact; None if it has none.
+
+    Its files have been read and wait for `load`: they are read once, and who deletes them now
+    does no harm. Broken and unfinished ones are passed over, each with a warning that names what
+    is wrong. Raises CheckpointError if none is intact and some that may have been wanted are
+    broken: to go on from earlier weights, or from noise, must be the user's decision. Raises
+    NewerFormatError rather than going back behind the checkpoint of a later release.
     """
     passed_over: dict[Directory, str] = {}
     found: tuple[Directory, Checkpoint] | None = None
     for _ in range(_PASSES):
         before, passed_over = passed_over, {}
         for directory in directories(run_url):
-            if at_most is not None and directory.images_seen > at_most:
+            if not wanted.may_be_at(directory.images_seen):
                 continue
             if found and found[0] == directory:
                 break
             try:
-                found = directory, _read(directory.url)
+                checkpoint = open_checkpoint(directory.url)
+                if not wanted.takes(checkpoint.images_seen, sound=checkpoint.sound):
+                    continue
+                checkpoint.read()
+                found = directory, checkpoint
                 break
             except NewerFormatError:
                 raise
@@ -163,9 +191,13 @@ def newest(run_url: str, at_most: int | None = None) -> Checkpoint | None:
         logger.warning("checkpoint passed over: %s", reason)
     damaged = [d for d in passed_over if storage.exists(storage.join(d.url, MANIFEST))]
     if found is None and damaged:
+        names = ", ".join(directory.url.rpartition("/")[2] for directory in damaged)
+        every = "its" if wanted == ANY else "the"
+        where = "" if wanted == ANY else " that a rollback could go to"
         raise CheckpointError(
-            f"{checkpoints_url(run_url)}: none of its {len(damaged)} checkpoints is intact (the log says "
-            "what is wrong with each). Restore one of them, or delete them all to train from the beginning."
+            f"{checkpoints_url(run_url)}: none of {every} checkpoints{where} is intact. Damaged: {names} (the "
+            "log says what is wrong with each). Restore one of them from a copy and repeat the command, or "
+            "train under another name."
         )
     return found[1] if found else None
 
@@ -201,12 +233,6 @@ def best(run_url: str, metric: str = BEST_METRIC) -> Checkpoint | None:
         except ArtifactError as error:
             logger.warning("checkpoint passed over: %s", error)
     return newest(run_url)
-
-
-def _read(url: str) -> Checkpoint:
-    checkpoint = open_checkpoint(url)
-    checkpoint.read()
-    return checkpoint
 
 
 @dataclass(frozen=True, order=True)

@@ -16,7 +16,7 @@ import math
 import random
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime
 from types import MappingProxyType
@@ -30,6 +30,7 @@ from pipeline.training.checkpoint import (
     FORMAT_VERSION,
     CheckpointError,
     Directory,
+    Wanted,
     attempt_of,
     checkpoints,
     checkpoints_url,
@@ -80,8 +81,8 @@ def claim_attempt(run_url: str) -> int:
 class CheckpointWriter:
     """Writes the checkpoints of one attempt, on one rank, in the background.
 
-    Keeps the newest checkpoint, the `keep` newest sound ones and the one with the lowest
-    `best_metric`, over all attempts up to its own.
+    Keeps the newest checkpoint, the `keep` newest that a rollback may go to and the one with the
+    lowest `best_metric`, over all attempts up to its own.
     """
 
     def __init__(
@@ -140,16 +141,17 @@ class CheckpointWriter:
         metrics: Mapping[str, float],
         *,
         sound: bool = True,
+        left_behind: Sequence[range] = (),
         may_be_left_out: bool = False,
     ) -> None:
         """Copies the tensors to host memory, then writes them in the background.
 
         `files` maps "model" and so on to tensors by name; `record` is JSON without NaN; `sound`
-        says whether the weights are known to be good. While
-        the save before is still going on there is no memory for another copy: it is waited
-        for, or this save is left out if it may be, both with a warning. A second save at
-        the same number of images is the same state and does nothing. A save that fails is
-        a warning: the older checkpoints are still there.
+        says whether the weights are known to be good, `left_behind` at which images seen are the
+        checkpoints that rollbacks have given up. While the save before is still going on there is
+        no memory for another copy: it is waited for, or this save is left out if it may be, both
+        with a warning. A second save at the same number of images is the same state and does
+        nothing. A save that fails is a warning: the older checkpoints are still there.
 
         Raises CheckpointError if a later attempt has taken over the run.
         """
@@ -178,7 +180,7 @@ class CheckpointWriter:
             "sound": sound,
         }
         self._last_saved = images_seen
-        self._in_flight = self._executor.submit(self._write, fields)
+        self._in_flight = self._executor.submit(self._write, fields, Wanted(None, True, left_behind))
         self.delay_seconds += time.monotonic() - began
 
     def metrics(self, images_seen: int) -> dict[str, float]:
@@ -227,7 +229,7 @@ class CheckpointWriter:
     def _busy(self) -> bool:
         return self._in_flight is not None and not self._in_flight.done()
 
-    def _write(self, fields: dict[str, Any]) -> None:
+    def _write(self, fields: dict[str, Any], for_rollbacks: Wanted) -> None:
         images_seen = fields["images_seen"]
         name = f"{images_seen:012d}-{self._attempt:03d}"
         directory = Directory(self._attempt, images_seen, storage.join(checkpoints_url(self._run_url), name))
@@ -251,7 +253,7 @@ class CheckpointWriter:
         self._stored = images_seen
         self._note(directory, fields["metrics"], fields["sound"])
         try:
-            self._prune()
+            self._prune(for_rollbacks)
         except Exception as error:
             logger.warning("old checkpoints could not be deleted, the next save tries again: %s", error)
         if not self._swept:
@@ -298,11 +300,12 @@ class CheckpointWriter:
                 "leaves its checkpoints alone and has to end."
             )
 
-    def _prune(self) -> None:
+    def _prune(self, for_rollbacks: Wanted) -> None:
         """Deletes what is not to be kept, and what earlier attempts left unfinished."""
         whole = sorted(self._values, reverse=True)
-        # The newest is where a resume goes on; what a rollback goes back to has to be sound.
-        kept = {*whole[:1], *[d for d in whole if d not in self._unsound][: self._keep]}
+        usable = [d for d in whole if for_rollbacks.takes(d.images_seen, sound=d not in self._unsound)]
+        # The newest is where a resume goes on. What no rollback may go to pushes out none that one may.
+        kept = {*whole[:1], *usable[: self._keep]}
         # Of equally good ones the newest, as in checkpoint.best.
         kept.update([d for d in whole if self._values[d] == self.best_value][:1])
         for directory in directories(self._run_url):

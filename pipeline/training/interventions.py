@@ -65,6 +65,11 @@ def rollbacks(interventions: Iterable[Intervention]) -> int:
     return sum(each.kind in ROLLBACKS for each in interventions)
 
 
+def left_behind(interventions: Iterable[Intervention]) -> list[range]:
+    """Images seen at checkpoints that rollbacks gave up: what followed from their weights did not help."""
+    return [range(each.back_to + 1, each.images_seen) for each in interventions if each.back_to is not None]
+
+
 def recovery_images(config: RunConfig) -> int:
     """Images after which a rollback is over: nothing of its softening is left."""
     return math.ceil(config.stability.recovery_fraction * config.train.total_images)

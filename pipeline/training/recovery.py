@@ -14,8 +14,15 @@ from dataclasses import replace
 import torch
 
 from pipeline import storage
-from pipeline.training.checkpoint import Checkpoint, newest, open_attempt
-from pipeline.training.interventions import ROLLBACKS, Intervention, Kind, rollbacks
+from pipeline.training.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    Wanted,
+    checkpoints_url,
+    newest,
+    open_attempt,
+)
+from pipeline.training.interventions import ROLLBACKS, Intervention, Kind, left_behind, rollbacks
 from pipeline.training.stability import Verdict
 from pipeline.training.state import Training, TrainState
 from pipeline.training.worker import Worker
@@ -57,7 +64,8 @@ def roll_back(training: Training, state: TrainState, onset: int) -> int:
     """Put back the weights from before `onset`; returns images seen at their checkpoint, or 0.
 
     An update is first suspicious when its weights have gone wrong already, so that a checkpoint
-    at `onset` itself will not do.
+    at `onset` itself will not do. The initial weights come back only if there has never been one
+    from before. Raises DivergedError if there is and it is damaged.
     """
     # Gigabytes are read: not what an update takes.
     training.worker.mark("checkpoint", state.images_seen)
@@ -65,7 +73,14 @@ def roll_back(training: Training, state: TrainState, onset: int) -> int:
     if training.checkpoints is not None:
         training.checkpoints.settle()
     if url is not None:
-        checkpoint = agreed(lambda: newest_sound(url, onset - 1, state.interventions), url, training.worker)
+        try:
+            checkpoint = agreed(
+                lambda: newest_sound(url, onset - 1, state.interventions), url, training.worker
+            )
+        except CheckpointError as error:
+            raise DivergedError(
+                f"the weights are in trouble since {onset:,} images and cannot go back to before: {error}"
+            ) from error
     if checkpoint is None:
         state.begin_anew(training.config, training.initial())
     else:
@@ -79,23 +94,29 @@ def newest_sound(run_url: str, at_most: int, interventions: Sequence[Interventio
     """The newest intact checkpoint of at most so many images that a rollback may go to.
 
     That is none which was saved amid an episode, and none which an earlier rollback left behind.
+    Raises CheckpointError if there are such checkpoints and none is intact.
     """
-    left_behind = [
-        range(each.back_to + 1, each.images_seen) for each in interventions if each.back_to is not None
-    ]
-    found = newest(run_url, at_most)
-    while found is not None and not (
-        found.sound and all(found.images_seen not in images for images in left_behind)
-    ):
-        found = newest(run_url, found.images_seen - 1)
-    return found
+    return newest(run_url, Wanted(at_most, sound=True, left_behind=left_behind(interventions)))
 
 
 def agreed(choose: Callable[[], Checkpoint | None], run_url: str, worker: Worker) -> Checkpoint | None:
-    """The checkpoint that rank 0 chooses: all ranks must use the same one. Collective."""
-    found = choose() if worker.rank == 0 else None
-    place = torch.tensor([found.images_seen, found.attempt] if found else [0, 0], device=worker.device)
-    images_seen, attempt = worker.all_reduce(place).tolist()
+    """The checkpoint that rank 0 chooses: all ranks must use the same one. Collective.
+
+    Raises CheckpointError on all ranks if `choose` does.
+    """
+    found, refused = None, None
+    try:
+        found = choose() if worker.rank == 0 else None
+    except CheckpointError as error:
+        refused = error
+    chosen = [0, -1] if refused else [found.images_seen, found.attempt] if found else [0, 0]
+    images_seen, attempt = worker.all_reduce(torch.tensor(chosen, device=worker.device)).tolist()
+    if refused is not None:
+        raise refused
+    if attempt < 0:
+        raise CheckpointError(
+            f"{checkpoints_url(run_url)}: none of its checkpoints will do; rank 0 says why."
+        )
     if not attempt:
         return None
     return found or open_attempt(run_url, images_seen, attempt)

@@ -27,7 +27,7 @@ from pipeline.config import CadenceConfig, RunConfig
 from pipeline.data.loader import Batch, training_batches
 from pipeline.progress import training_line
 from pipeline.training.checkpoint import BEST_METRIC, Checkpoint
-from pipeline.training.interventions import ROLLBACKS, Kind, budget_images, rollbacks
+from pipeline.training.interventions import ROLLBACKS, Kind, budget_images, left_behind, rollbacks
 from pipeline.training.machine import Machine, folders
 from pipeline.training.metrics import Metrics
 from pipeline.training.profiling import Profiling
@@ -261,6 +261,7 @@ def save(
                 state.images_seen,
                 metrics,
                 sound=sound,
+                left_behind=left_behind(state.interventions),
                 may_be_left_out=may_be_left_out,
             )
         else:

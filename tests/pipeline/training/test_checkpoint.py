@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pipeline import storage
 from pipeline.artifacts import ArtifactError, NewerFormatError, sealed
-from pipeline.training.checkpoint import CheckpointError, newest, open_checkpoint
+from pipeline.training.checkpoint import CheckpointError, Wanted, newest, open_checkpoint
 from pipeline.training.checkpoint_writer import NAMES, CheckpointWriter, SupersededError, claim_attempt
 from tests.fault_proxy import Fail, FaultProxy, Request
 
@@ -185,7 +185,7 @@ def test_the_newest_of_at_most_so_many_images_is_found(run: str) -> None:
     write(run, 64, 128, 192, keep=9)
     write(run, 160, 224, attempt=2, keep=9)
     (Path(run) / "checkpoints" / "000000000128-001" / "ema.safetensors").unlink()
-    found = {images: newest(run, at_most=images) for images in (63, 64, 159, 160, 223, 224, 10**6)}
+    found = {images: newest(run, Wanted(at_most=images)) for images in (63, 64, 159, 160, 223, 224, 10**6)}
     places = {images: c and (c.images_seen, c.attempt) for images, c in found.items()}
     # A later attempt's is newer, though an earlier one had seen more images; damaged ones do not count.
     assert places == {
@@ -202,7 +202,7 @@ def test_the_newest_of_at_most_so_many_images_is_found(run: str) -> None:
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_again_by_itself(run: str) -> None:
     write(run, 64)
     (Path(run) / "checkpoints" / "000000000064-001" / "model.safetensors").write_bytes(b"")
-    with pytest.raises(CheckpointError, match="none of its 1 checkpoints is intact"):
+    with pytest.raises(CheckpointError, match="none of its checkpoints is intact. Damaged: 000000000064-001"):
         newest(run)
 
 

@@ -201,9 +201,12 @@ def test_what_follows_a_rollback_has_other_noise_and_what_softens_gentler_coeffi
 # -- give up ----------------------------------------------------------------------------
 
 
-def test_a_short_training_that_does_nothing_but_diverge_is_given_up_too(home: Home, tmp_path: Path) -> None:
-    """A twentieth of it is over before the next rollback."""
-    run = Launches(home, tmp_path, "train.total_images=400", *OFTEN)
+@pytest.mark.parametrize("keep", [2, pytest.param(3, marks=pytest.mark.campaign)])
+def test_a_short_training_that_does_nothing_but_diverge_is_given_up_too(
+    home: Home, tmp_path: Path, keep: int
+) -> None:
+    """A twentieth of it is over before the next rollback; copies push out no older checkpoint."""
+    run = Launches(home, tmp_path, "train.total_images=400", *OFTEN, f"checkpoint.keep={keep}")
     trouble = dict.fromkeys(range(20, 400, 4), break_image)
     # The budget is part of the state: the same command does not get another one.
     for _ in range(2):
