@@ -9,11 +9,13 @@ file that is written and read back, where the slower writer overtakes the reader
 A claim that nobody renews expires. One whose process is gone from this very machine counts for
 nothing at once, so that a killed run can be started again immediately. Of one of another machine,
 whose process may be alive or may have died with it a moment ago, a new launch waits to see:
-renewed, it turns the launch away within seconds; not renewed, it expires.
+renewed, it turns the launch away within seconds; not renewed, it expires. So is one that cannot be
+read: whoever lives behind it writes it anew.
 """
 
 import json
 import logging
+import math
 import os
 import socket
 import threading
@@ -62,6 +64,24 @@ class _Claim:
         return f"{self.host}, process {self.pid}"
 
 
+@dataclass(frozen=True)
+class _DamagedClaim:
+    """A claim that cannot be read: somebody's, or nobody's."""
+
+    owner: str
+    url: str
+
+    is_of_this_machine = False
+
+    def is_alive(self) -> bool:
+        return True
+
+    def __str__(self) -> str:
+        return (
+            f"somebody whose claim {storage.shown(self.url)} cannot be read (delete that file if nobody does)"
+        )
+
+
 def holder(url: str) -> str | None:
     """`host, process N` of whoever runs the run in the folder `url` now; None if nobody does."""
     return next((str(claim) for claim in _claims(url) if claim.is_alive()), None)
@@ -101,7 +121,7 @@ def held(url: str, say: Callable[[str], None] = logger.warning) -> Iterator[None
 def _await_the_dead(url: str, say: Callable[[str], None]) -> None:
     """Wait until the claims of other machines are expired, or one of them was renewed."""
 
-    def doubtful() -> dict[str, _Claim]:
+    def doubtful() -> dict[str, _Claim | _DamagedClaim]:
         return {c.owner: c for c in _claims(url) if c.is_alive() and not c.is_of_this_machine}
 
     first = doubtful()
@@ -141,16 +161,28 @@ def _claim_url(url: str, owner: str) -> str:
     return storage.join(url, "leases", f"{owner}.json")
 
 
-def _claims(url: str) -> list[_Claim]:
+def _claims(url: str) -> list[_Claim | _DamagedClaim]:
     """Every claim there is, of the living and the dead."""
     folder = storage.join(url, "leases")
-    claims = []
+    claims: list[_Claim | _DamagedClaim] = []
     for name in storage.list_dir(folder):
+        claim_url = storage.join(folder, name)
         try:
-            claims.append(_Claim(**json.loads(storage.read_text(storage.join(folder, name)))))
+            claims.append(_read(claim_url, name.removesuffix(".json")))
         except storage.MissingError:
             continue  # Given back since it was listed.
     return claims
+
+
+def _read(claim_url: str, owner: str) -> _Claim | _DamagedClaim:
+    content = storage.read_bytes(claim_url)
+    try:
+        claim = _Claim(**json.loads(content))
+        # By its file's name it is found again; of a time that is none it would be alive for ever.
+        intact = claim.owner == owner and math.isfinite(claim.renewed)
+    except (ValueError, TypeError):
+        intact = False
+    return claim if intact else _DamagedClaim(owner, claim_url)
 
 
 def _write(url: str, owner: str) -> None:

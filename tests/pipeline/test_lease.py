@@ -148,3 +148,43 @@ def test_a_run_that_lives_elsewhere_turns_a_launch_away_as_soon_as_it_is_renewed
     with pytest.raises(LeaseError, match="elsewhere, process"), lease.held(str(tmp_path), renew):
         pass
     assert claim_files(tmp_path) == [file]
+
+
+DAMAGED = {
+    "empty": b"",
+    "cut": b'{"owner": "another", "ho',
+    "no text": b"\xff\xfe",
+    "no claim": b"[]",
+    "no time": json.dumps(
+        {"owner": "another", "host": "h", "boot": "", "pid": 1, "started": "", "renewed": "now"}
+    ).encode(),
+}
+
+
+@pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_claim_that_nobody_writes_anew_expires(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes
+) -> None:
+    monkeypatch.setattr(lease, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(lease, "LEASE_SECONDS", 0.1)
+    file = tmp_path / "leases" / "another.json"
+    file.parent.mkdir()
+    file.write_bytes(content)
+    assert "another.json cannot be read" in (lease.holder(str(tmp_path)) or "")
+    said: list[str] = []
+    with lease.held(str(tmp_path), said.append):
+        assert not file.exists()
+    assert len(said) == 1
+
+
+def test_a_damaged_claim_of_a_living_run_turns_a_launch_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(lease, "RENEW_SECONDS", 0.3)
+    with lease.held(str(tmp_path)):
+        (file,) = claim_files(tmp_path)
+        file.write_bytes(b"")
+        with pytest.raises(LeaseError, match=", process "), lease.held(str(tmp_path)):
+            pass
+        assert claim_files(tmp_path) == [file]
