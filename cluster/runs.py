@@ -1,5 +1,6 @@
 """`nvae runs`: what the store knows of training runs, as the command line shows it."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -12,11 +13,19 @@ from pipeline.training.checkpoint import BEST_METRIC, Checkpoint, checkpoints
 from pipeline.training.interventions import ROLLBACKS, Kind
 from pipeline.training.latest import newest_line, trouble
 
+logger = logging.getLogger(__name__)
+
+_UNKNOWN = dict.fromkeys(
+    ("images_seen", "total_images", "bits_per_dim", "skipped", "rollbacks", "model", "created")
+)
+"""What a listing does not say of a run whose record cannot be read."""
+
 
 def listing(store: str | None) -> Iterator[dict[str, Any]]:
-    """A row for each run, the newest first."""
+    """A row for each run, the newest first; at the end those whose record cannot be read."""
     located = stores.locate(store)
-    for record in run_folder.all_records(located):
+    records, damaged = run_folder.all_records(located)
+    for record in records:
         url = run_folder.folder(located, record.name)
         saved = checkpoints(url)
         done = trouble(url, saved[0] if saved else None).counts
@@ -31,6 +40,9 @@ def listing(store: str | None) -> Iterator[dict[str, Any]]:
             "model": record.result.get("model"),
             "created": record.created,
         }
+    for name, error in damaged.items():
+        logger.warning("%s", error)
+        yield {"name": name, "state": "damaged", **_UNKNOWN}
 
 
 def describe(name: str, store: str | None) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """`nvae track`: what MLflow has of the curves of runs, and delivering what it lacks."""
 
+import logging
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 import click
 
 from cluster.options import json_option, show, store_option
+
+logger = logging.getLogger(__name__)
 
 
 @click.group()
@@ -81,8 +84,10 @@ def _lacking(name: str | None, store: str | None) -> Iterator[dict[str, Any]]:
     from pipeline.training.journal import StoredJournal
 
     located = stores.locate(store)
-    records = [run_folder.known_record(located, name)] if name else run_folder.all_records(located)
-    for record in records:
+    records, damaged = run_folder.all_records(located)
+    for error in () if name else damaged.values():
+        logger.warning("%s", error)
+    for record in [run_folder.known_record(located, name)] if name else records:
         url = run_folder.folder(located, record.name)
         for delivered in all_delivered(url) or [Delivered(record.tracking_uri)]:
             lacking = left(StoredJournal(url), delivered)

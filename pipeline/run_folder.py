@@ -123,18 +123,25 @@ def note_launch(url: str, workers: int) -> None:
     update_record(url, launches=(*launches, Launch(now(), platform.node(), workers)))
 
 
-def all_records(store: str) -> list[RunRecord]:
-    """The records of all runs of a store, newest first."""
-    names = storage.list_dir(storage.join(store, "runs"))
-    records = [read_record(storage.join(store, "runs", name)) for name in names]
-    return sorted((r for r in records if r is not None), key=lambda r: r.created, reverse=True)
+def all_records(store: str) -> tuple[list[RunRecord], dict[str, RunError]]:
+    """The records of all runs of a store, newest first; by its name, what is wrong with any other."""
+    records, damaged = [], {}
+    for name in storage.list_dir(storage.join(store, "runs")):
+        try:
+            record = read_record(storage.join(store, "runs", name))
+        except RunError as error:
+            damaged[name] = error
+        else:
+            records += [] if record is None else [record]
+    return sorted(records, key=lambda record: record.created, reverse=True), damaged
 
 
 def known_record(store: str, name: str) -> RunRecord:
     """The record of a run that has to exist. Raises RunError naming the runs there are."""
     record = read_record(folder(store, name))
     if record is None:
-        known = ", ".join(sorted(r.name for r in all_records(store))) or "none"
+        records, damaged = all_records(store)
+        known = ", ".join(sorted([*damaged, *(each.name for each in records)])) or "none"
         raise RunError(f"There is no run {name!r} in {store}. Runs there: {known}.")
     return record
 

@@ -26,7 +26,8 @@ def test_a_record_comes_back_as_it_was_written(tmp_path: Path) -> None:
     run_folder.write_record(url, record)
     assert run_folder.read_record(url) == record
     assert run_folder.update_record(url, state="finished").state == "finished"
-    assert [r.name for r in run_folder.all_records(str(tmp_path))] == ["faces"]
+    records, damaged = run_folder.all_records(str(tmp_path))
+    assert ([each.name for each in records], damaged) == (["faces"], {})
 
 
 @pytest.mark.parametrize("name", ["", "../x", "a/b", ".hidden", "a b", "x" * 101])
@@ -88,3 +89,15 @@ def test_a_deleted_run_leaves_nothing(tmp_path: Path) -> None:
     run_folder.delete(url)
     assert run_folder.read_record(url) is None
     assert not Path(url).exists()
+
+
+def test_a_damaged_record_hides_no_other_run(tmp_path: Path) -> None:
+    store = str(tmp_path)
+    run_folder.write_record(run_folder.folder(store, "faces"), a_record())
+    run_folder.write_record(run_folder.folder(store, "broken"), a_record("broken"))
+    (tmp_path / "runs" / "broken" / "run.json").write_text("{")
+    records, damaged = run_folder.all_records(store)
+    assert [record.name for record in records] == ["faces"]
+    assert "run.json is damaged" in str(damaged["broken"])
+    with pytest.raises(RunError, match="Runs there: broken, faces"):
+        run_folder.known_record(store, "face")
