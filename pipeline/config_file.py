@@ -31,14 +31,15 @@ _LONGEST_PART = 1000
 
 @dataclass(frozen=True)
 class Problem:
-    """One mistake: where it stands (file:line or override), which setting, and what is wrong."""
+    """One mistake: where it stands (file:line or KEY=VALUE), which setting, and what is wrong."""
 
     origin: str
     path: str
     message: str
 
     def __str__(self) -> str:
-        return ": ".join(_shortly(part) for part in (self.origin, self.path, self.message) if part)
+        path = "" if self.origin.startswith(f"{self.path}=") else self.path
+        return ": ".join(_shortly(part) for part in (self.origin, path, self.message) if part)
 
 
 def _shortly(text: str) -> str:
@@ -68,8 +69,8 @@ def load(source: str, overrides: Sequence[str] = ()) -> RunConfig:
     file = _read(source)
     draft = _Draft(file.name)
     draft.add_file(file)
-    for number, override in enumerate(overrides, start=1):
-        draft.add_override(override, f"override {number}")
+    for override in overrides:
+        draft.add_override(override)
     return draft.finish()
 
 
@@ -237,14 +238,15 @@ class _Draft:
         self._report(base, message)
         self.partly_read = True
 
-    def add_override(self, text: str, origin: str) -> None:
+    def add_override(self, text: str) -> None:
         """Put one KEY=VALUE over what is there; the value is YAML."""
-        path, _, value = text.partition("=")
-        if path.strip() and value.strip():
-            self.add(self._parse(value, origin, path.strip(), is_file=False))
+        path, _, value = (part.strip() for part in text.partition("="))
+        if path and value:
+            origin = f"{path}={storage.shown(value)}"  # the place of the data may hold a password
+            self.add(self._parse(value, origin, path, is_file=False))
         else:
             advice = "write KEY=VALUE, as in train.batch_size=32 (null for none)"
-            self.problems.append(Problem(origin, "", f"{text!r} sets nothing; {advice}"))
+            self.problems.append(Problem("", "", f"{text!r} sets nothing; {advice}"))
 
     def add(self, entries: Iterable[_Given]) -> None:
         """Put values over what is there; those that name no setting are problems."""

@@ -74,12 +74,12 @@ cadence: {log_images: 100, evaluate_images: 500}
         "objective": f"{path}:11: is a section, not a setting; it cannot be 7",
         "cadence.checkpoint_images": f"{path}: is missing; it must be a whole number >= 1. "
         "Images between two checkpoints.",
-        "optimizer.warmup_images": "override 1: a warm-up of 1001 images is longer than the training, "
-        "train.total_images = 1000",
-        "spectral_coefficient": "override 2: there is no such setting; "
+        "optimizer.warmup_images": "optimizer.warmup_images=1001: a warm-up of 1001 images is longer "
+        "than the training, train.total_images = 1000",
+        "spectral_coefficient": "spectral_coefficient=1: there is no such setting; "
         "did you mean objective.spectral_coefficient?",
-        "train.seed": "override 3: must be a whole number >= 0 and <= 4294967295, not -1",
-        "": "override 4: 'nothing' sets nothing; write KEY=VALUE, as in train.batch_size=32 (null for none)",
+        "train.seed": "train.seed=-1: must be a whole number >= 0 and <= 4294967295, not -1",
+        "": ": 'nothing' sets nothing; write KEY=VALUE, as in train.batch_size=32 (null for none)",
     }
 
 
@@ -94,7 +94,7 @@ def test_the_message_names_every_problem(tmp_path):
 def test_shapes_that_do_not_fit_are_blamed_on_the_last_word(tmp_path):
     path = write(tmp_path, COMPLETE + "model: {image_size: 36}")
     assert problems(path, "model.image_size=30")["model.image_size"].startswith(
-        "override 1: 30 cannot be halved"
+        "model.image_size=30: 30 cannot be halved"
     )
 
 
@@ -344,3 +344,14 @@ def test_leaves_are_exactly_the_settings(tmp_path):
     config = load(write(tmp_path, COMPLETE))
     assert list(leaves(config)) == list(settings()) == [path for path, _ in flatten(to_mapping(config))]
     assert RunConfig.model_validate(to_mapping(config)) == config
+
+
+def test_a_mistake_on_the_command_line_is_named_as_it_was_written(tmp_path):
+    path = write(tmp_path, COMPLETE)
+    with pytest.raises(ConfigError, match=r"^train\.seed=-1: must be a whole number .*, not -1$"):
+        load(path, ["train.batch_size=8", "train.seed=-1"])
+    with pytest.raises(ConfigError, match=r"^train=\{seed: -1\}: train\.seed: must be "):
+        load(path, ["train={seed: -1}"])
+    with pytest.raises(ConfigError) as caught:
+        load(path, ["data.rooot=https://me:secret@host/x?token=secret"])
+    assert "secret" not in str(caught.value)
