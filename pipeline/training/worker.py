@@ -6,6 +6,7 @@ cluster/ray_worker.py. Rejected: calling ray.train inside the loop and replacing
 mocks in tests, which tests the mocks.
 """
 
+import logging
 import os
 import signal
 import threading
@@ -22,6 +23,8 @@ from pipeline.training.watchdog import Phase, Pulse
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 POLL_SECONDS = 2.0
+
+logger = logging.getLogger(__name__)
 
 
 class Worker(Protocol):
@@ -117,7 +120,7 @@ class StopSignals:
 class Poll:
     """Asks a question in a thread of its own, within a `with` block, until the answer is yes.
 
-    Called, it says what is known, which costs nothing.
+    Called, it says what is known, which costs nothing. A question that fails is asked again.
     """
 
     def __init__(self, question: Callable[[], bool], seconds: float = POLL_SECONDS) -> None:
@@ -140,7 +143,11 @@ class Poll:
 
     def _ask(self) -> None:
         while not self._yes and not self._done.is_set():
-            self._yes = self._question()
+            try:
+                self._yes = self._question()
+            except Exception:
+                # Of whatever kind: nobody would hear of a wish after it, nor see this thread end.
+                logger.warning("a question failed and is asked again", exc_info=True)
             self._done.wait(self._seconds)
 
 

@@ -100,3 +100,23 @@ def test_a_question_is_asked_until_the_answer_is_yes() -> None:
             if thread.name == "poll":
                 thread.join(10)
         assert asked()
+
+
+def test_a_question_that_fails_is_asked_again(caplog: pytest.LogCaptureFixture) -> None:
+    def answers() -> Iterator[bool]:
+        yield False
+        yield True
+
+    found, failures = answers(), iter([RuntimeError("cannot schedule new futures"), KeyError("x")])
+
+    def question() -> bool:
+        for failure in failures:
+            raise failure
+        return next(found)
+
+    with Poll(question, seconds=0.001) as asked:
+        for thread in threading.enumerate():
+            if thread.name == "poll":
+                thread.join(10)
+        assert asked()
+    assert "cannot schedule new futures" in caplog.text
