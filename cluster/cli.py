@@ -192,3 +192,7 @@ def doctor(config: str | None, as_json: bool, store: str | None, tracking: str |
         as_json,
     )
     return 0 if all(result.ok for result in results) else 1
+
+
+if __name__ == "__main__":
+    main()

@@ -4,6 +4,7 @@ import io
 import json
 import re
 import subprocess
+import sys
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -92,7 +93,12 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
             "model.image_size=7",
             "objective.spectral_coefficient=-1",
         ],
-        ["3 problems", "did you mean train.batch_size?", "model.image_size", "override 3"],
+        [
+            "3 problems",
+            "did you mean train.batch_size?",
+            "model.image_size",
+            "objective.spectral_coefficient=-1: must be",
+        ],
     ),
     "no data set": (["train", "tiny.yaml", "data.root=store:none", "--local"], ["data/none"]),
     "no such place": (["train", "tiny.yaml", "--store", "ftp://host/x"], ["ftp:", "s3://"]),
@@ -272,6 +278,26 @@ def test_a_listing_for_people_names_the_same(home: Home, trained: str, capsys: C
     assert re.search(r"\ncheckpoint\tat 48 images, \d+s old, earlier ones at 32, ", shown)
     assert re.search(r"\nstart 1\t.* on .*, 1 worker\n", shown)
     assert "aliases\tbest\n" in nvae(capsys, "registry", "show", trained).out
+
+
+def test_a_damaged_run_is_listed_beside_the_others(home: Home, trained: str, capsys: Capture) -> None:
+    record = Path(home.run_url("broken"), "run.json")
+    record.parent.mkdir()
+    record.write_text("{")
+    listed = nvae(capsys, "runs", "list")
+    assert listed.code == 0
+    assert "\nbroken\tdamaged\t-\t" in listed.out
+    assert f"\n{RUN}\tfinished\t" in listed.out
+    rows = json.loads(nvae(capsys, "runs", "list", "--json").out)
+    assert len({frozenset(row) for row in rows}) == 1
+    assert nvae(capsys, "track", "status").code == 0
+    assert_refused(nvae(capsys, "runs", "show", "broken"), "run.json is damaged")
+
+
+def test_the_module_is_the_command(home: Home) -> None:
+    command = [sys.executable, "-m", "cluster.cli", "--version"]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert run.stdout.startswith("nvae, version")
 
 
 def test_a_run_says_in_the_morning_what_the_night_was_like(home: Home, capsys: Capture) -> None:
