@@ -149,7 +149,7 @@ class Wanted:
         )
 
     def takes(self, images_seen: int, *, sound: bool) -> bool:
-        """Whether a checkpoint will do. Retention asks as well, so that it deletes none that rollbacks need."""
+        """Whether a checkpoint will do. Retention asks as well: it deletes none that rollbacks need."""
         return self.may_be_at(images_seen) and (sound or not self.sound)
 
 
@@ -192,11 +192,10 @@ def newest(run_url: str, wanted: Wanted = ANY) -> Checkpoint | None:
     damaged = [d for d in passed_over if storage.exists(storage.join(d.url, MANIFEST))]
     if found is None and damaged:
         names = ", ".join(directory.url.rpartition("/")[2] for directory in damaged)
-        every = "its" if wanted == ANY else "the"
-        where = "" if wanted == ANY else " that a rollback could go to"
+        which = "its checkpoints" if wanted == ANY else "the checkpoints that a rollback could go to"
         raise CheckpointError(
-            f"{checkpoints_url(run_url)}: none of {every} checkpoints{where} is intact. Damaged: {names} (the "
-            "log says what is wrong with each). Restore one of them from a copy and repeat the command, or "
+            f"{checkpoints_url(run_url)}: none of {which} is intact. Damaged: {names} "
+            "(the log says what is wrong with each). Restore one of them from a copy and repeat the command, or "
             "train under another name."
         )
     return found[1] if found else None

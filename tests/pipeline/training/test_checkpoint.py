@@ -202,7 +202,7 @@ def test_the_newest_of_at_most_so_many_images_is_found(run: str) -> None:
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_again_by_itself(run: str) -> None:
     write(run, 64)
     (Path(run) / "checkpoints" / "000000000064-001" / "model.safetensors").write_bytes(b"")
-    with pytest.raises(CheckpointError, match="none of its checkpoints is intact. Damaged: 000000000064-001"):
+    with pytest.raises(CheckpointError, match=r"none of its checkpoints is intact.*: 000000000064-001"):
         newest(run)
 
 

@@ -92,8 +92,8 @@ def rolled_back(shared_home: Home, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def test_weights_come_back_from_before_the_onset_and_images_go_on(rolled_back: Launches) -> None:
-    # A checkpoint of 20 images exists: but what was suspicious at 20 may have been its weights.
-    assert {found.images_seen for found in checkpoints(rolled_back.url)} >= {16, 20, 40, 44, 48}
+    # One of 20 images existed: but what was suspicious at 20 may have been its weights.
+    assert {found.images_seen for found in checkpoints(rolled_back.url)} == {4, 8, 12, 16, 40, 44, 48}
     assert rolled_back.done[:-1] == [("skip", images, None) for images in (24, 28, 32, 36)]
     assert rolled_back.done[-1] == ("roll_back", 40, 16)
     before, after = (open_attempt(rolled_back.url, images, 1) for images in (16, 40))

@@ -67,7 +67,7 @@ class Modelled:
         self.save()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     keep=st.integers(2, 4),
     happens=st.lists(st.sampled_from(["train", "stop", "at once", "later"]), min_size=4, max_size=14),
