@@ -152,19 +152,7 @@ def index_tars(
         duplicates=_count_duplicates(records.values()),
         splits={split: tuple(records[name].shard for name in splits[split]) for split in SPLITS},
     )
-    if not index.num_samples(TRAIN):
-        delete_records(listing.root, records)
-        why = "; ".join(reasons(each for name in splits[TRAIN] for each in records[name].rejected))
-        raise ShardError(
-            f"{storage.shown(listing.root)}: not one training image can be used: "
-            f"{why or 'no training tar holds an image'}. No index was made. Mend that, or choose other tars "
-            f"for validation."
-        )
-    rejected = tuple(rejection for name in listing.tars for rejection in records[name].rejected)
-    write_report(index.root, rejected)
-    storage.write_bytes(storage.join(index.root, INDEX_NAME), index.to_json())
-    delete_records(listing.root, records)
-    return IndexingReport(index, rejected, already_there=False)
+    return _finish(index, listing, splits, records)
 
 
 # --- before a tar is read ---------------------------------------------------------------------
@@ -339,6 +327,25 @@ def _refuse(
         f"than --max-rejected {max_rejected:g} allows: {why}. No index was made.{several} To leave them out, "
         f"repeat the command with --max-rejected 1; tars of which everything can be used are not read again."
     )
+
+
+def _finish(
+    index: Index, listing: TarListing, splits: Mapping[str, Sequence[str]], records: Mapping[str, TarRecord]
+) -> IndexingReport:
+    """Write the index, then forget what was known tar by tar. Raises ShardError without training images."""
+    if not index.num_samples(TRAIN):
+        delete_records(listing.root, records)
+        why = "; ".join(reasons(each for name in splits[TRAIN] for each in records[name].rejected))
+        raise ShardError(
+            f"{storage.shown(listing.root)}: not one training image can be used: "
+            f"{why or 'no training tar holds an image'}. No index was made. Mend that, or choose other tars "
+            f"for validation."
+        )
+    rejected = tuple(rejection for name in listing.tars for rejection in records[name].rejected)
+    write_report(index.root, rejected)
+    storage.write_bytes(storage.join(index.root, INDEX_NAME), index.to_json())
+    delete_records(listing.root, records)
+    return IndexingReport(index, rejected, already_there=False)
 
 
 def _digests(records: Iterable[TarRecord]) -> Iterator[bytes]:

@@ -127,24 +127,9 @@ def build(
         if finished:
             return _confirmed(finished, survey)
         tolerance = Tolerance(storage.shown(source), max_rejected, survey.images)
-        tolerance.add(survey.rejected)
-        tolerance.check()
-        state = begin(target, arguments, survey.fingerprint)
-        writer = _Writer(target, state, prepare, shard_bytes, threads, tolerance, progress)
-        for split in (TRAIN, VALIDATION):
-            writer.write(split, survey.entries[split])
-    index = Index(
-        root=target,
-        image_size=prepare.image_size,
-        channels=prepare.channels,
-        source=storage.shown(source),
-        licence=licence,
-        arguments=arguments | {"fingerprint": survey.fingerprint},
-        rejected=len(survey.rejected) + len(state.rejected),
-        duplicates=survey.duplicates,
-        splits={split: tuple(rows) for split, rows in state.shards.items()},
-    )
+        state = _write_shards(target, arguments, survey, prepare, tolerance, threads, progress)
     remarks = [f"Not read: {remark}." for remark in opened.remarks]
+    index = _index(target, arguments, survey, prepare, state)
     return _finish(index, tuple(survey.rejected + state.rejected), (*remarks, survey.origin))
 
 
@@ -272,6 +257,42 @@ class _Writer:
         self.state.consumed[split] = consumed
         self.state.rejected += rejected
         self.state.save(self.target)
+
+
+def _write_shards(
+    target: str,
+    arguments: Mapping[str, Any],
+    survey: Survey,
+    prepare: _Preparation,
+    tolerance: Tolerance,
+    threads: int,
+    progress: Progress,
+) -> Unfinished:
+    """All shards of both splits, after those that an earlier attempt has written."""
+    tolerance.add(survey.rejected)
+    tolerance.check()
+    state = begin(target, arguments, survey.fingerprint)
+    writer = _Writer(target, state, prepare, arguments["shard_bytes"], threads, tolerance, progress)
+    for split in (TRAIN, VALIDATION):
+        writer.write(split, survey.entries[split])
+    return state
+
+
+def _index(
+    target: str, arguments: Mapping[str, Any], survey: Survey, prepare: _Preparation, state: Unfinished
+) -> Index:
+    """What the finished data set says of itself."""
+    return Index(
+        root=target,
+        image_size=prepare.image_size,
+        channels=prepare.channels,
+        source=arguments["source"],
+        licence=arguments["licence"],
+        arguments={**arguments, "fingerprint": survey.fingerprint},
+        rejected=len(survey.rejected) + len(state.rejected),
+        duplicates=survey.duplicates,
+        splits={split: tuple(rows) for split, rows in state.shards.items()},
+    )
 
 
 def _finish(index: Index, rejected: tuple[Rejection, ...], remarks: tuple[str, ...]) -> BuildReport:
