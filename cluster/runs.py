@@ -10,7 +10,7 @@ from pipeline import lease, run_folder, settings
 from pipeline import store as stores
 from pipeline.run_folder import RunRecord
 from pipeline.training.checkpoint import BEST_METRIC, Checkpoint, checkpoints
-from pipeline.training.interventions import ROLLBACKS, Kind
+from pipeline.training.interventions import Kind
 from pipeline.training.latest import newest_line, trouble
 
 logger = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ def listing(store: str | None) -> Iterator[dict[str, Any]]:
             "total_images": record.config["train"]["total_images"],
             "bits_per_dim": record.result.get("metrics", {}).get(BEST_METRIC, _best(saved)),
             "skipped": done[Kind.SKIP],
-            "rollbacks": sum(done[kind] for kind in ROLLBACKS),
+            "rollbacks": done[Kind.ROLL_BACK],
             "model": record.result.get("model"),
             "created": record.created,
         }

@@ -78,7 +78,8 @@ def write_directory(
     """Writes the files one by one, then the manifest, which makes the directory count.
 
     `files` may be a generator, so that one serialized file at a time is in memory. `fields`
-    must be JSON without NaN. Raises StoreError if the store refuses.
+    must be JSON without NaN. Raises StoreError if the store refuses, ArtifactError rather than
+    writing a manifest so long that reading would refuse it.
     """
     entries = {}
     for name, data in files:
@@ -93,6 +94,11 @@ def write_directory(
         "files": {name: {"bytes": entry.bytes, "sha256": entry.sha256} for name, entry in entries.items()},
     }
     text = sealed(record)
+    if len(text) > MANIFEST_BYTES:
+        raise ArtifactError(
+            f"{storage.shown(storage.join(url, MANIFEST))}: would be larger than {MANIFEST_BYTES >> 20} MiB "
+            "and is not written, for nobody could read it."
+        )
     storage.write_bytes(storage.join(url, MANIFEST), text)
     return _parse_manifest(url, text, {format: version})
 

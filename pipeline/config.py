@@ -167,7 +167,7 @@ class StabilityConfig(Section):
     nothing but long gradients was the reason, they are from then on shortened to the limit."""
     skipped_fraction: float = Field(0.2, gt=0, le=1, json_schema_extra=RESUMABLE)
     """So does a larger share than this of the last 128 updates."""
-    max_rollbacks: int = Field(3, ge=0, json_schema_extra=RESUMABLE)
+    max_rollbacks: int = Field(3, ge=0, le=100, json_schema_extra=RESUMABLE)
     """Rollbacks within `recovery_fraction` of the training; where one more is needed, the run
     ends as diverged."""
     spectral_factor: float = Field(3.0, ge=1, le=1000, json_schema_extra=RESUMABLE)

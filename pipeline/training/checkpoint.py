@@ -195,8 +195,8 @@ def newest(run_url: str, wanted: Wanted = ANY) -> Checkpoint | None:
         which = "its checkpoints" if wanted == ANY else "the checkpoints that a rollback could go to"
         raise CheckpointError(
             f"{checkpoints_url(run_url)}: none of {which} is intact. Damaged: {names} "
-            "(the log says what is wrong with each). Restore one of them from a copy and repeat the command, or "
-            "train under another name."
+            "(the log says what is wrong with each). Restore one of them from a copy and repeat "
+            "the command, or train under another name."
         )
     return found[1] if found else None
 

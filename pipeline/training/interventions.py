@@ -1,4 +1,4 @@
-"""What was done against divergence: the append-only list that is part of a training's state.
+"""What was done against divergence, and how often: part of a training's state, of bounded size.
 
 Schedules ask it for the softening that is still in force, noise for the number of rollbacks,
 the ladder (stability.py) for what is left of its budget, and people for what happened.
@@ -31,16 +31,21 @@ class Kind(StrEnum):
 
 NAMES = MappingProxyType(
     {
-        f"stability/{Kind.SKIP}": "updates left out since the first image",
+        f"stability/{Kind.SKIP}": "updates left out since the first image, also those that led to more",
         f"stability/{Kind.CLIP}": "how often long gradients began to be shortened",
-        f"stability/{Kind.ROLL_BACK}": "how often weights came back from a checkpoint",
-        f"stability/{Kind.SOFTEN}": "how often they did and coefficients became gentler",
+        f"stability/{Kind.ROLL_BACK}": "how often weights came back",
+        f"stability/{Kind.SOFTEN}": "how often of these coefficients became gentler as well",
         f"stability/{Kind.GIVE_UP}": "1 at the end of a run that diverged for good",
     }
 )
 """Metrics, each with a point when it changes."""
 
 ROLLBACKS = (Kind.ROLL_BACK, Kind.SOFTEN)
+
+ROLLBACKS_KEPT = 128
+"""More than count against any budget (stability.max_rollbacks)."""
+OTHERS_KEPT = 64
+"""Of those nobody decides by more than their number; all of them are in the run's journal."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +65,25 @@ class Intervention:
     """Samples of the batch that was left out, over all ranks."""
 
 
-def rollbacks(interventions: Iterable[Intervention]) -> int:
-    """How often weights came back."""
-    return sum(each.kind in ROLLBACKS for each in interventions)
+def keep(interventions: list[Intervention], done: Intervention) -> None:
+    """Add `done`, and drop the oldest of its sort where there are more than anybody asks for."""
+    interventions.append(done)
+    alike = [each for each in interventions if (each.kind in ROLLBACKS) == (done.kind in ROLLBACKS)]
+    if len(alike) > (ROLLBACKS_KEPT if done.kind in ROLLBACKS else OTHERS_KEPT):
+        interventions.remove(alike[0])
+
+
+def rollbacks(counts: Mapping[Kind, int]) -> int:
+    """How often weights came back, of the counts of every kind."""
+    return sum(counts.get(kind, 0) for kind in ROLLBACKS)
+
+
+def in_numbers(counts: Mapping[Kind, int]) -> dict[str, float]:
+    """The metrics of NAMES: whatever was done, an update was left out; softening comes with weights."""
+    numbers = {kind: counts.get(kind, 0) for kind in Kind}
+    numbers[Kind.SKIP] = sum(numbers.values())
+    numbers[Kind.ROLL_BACK] = rollbacks(counts)
+    return {f"stability/{kind}": float(number) for kind, number in numbers.items()}
 
 
 def left_behind(interventions: Iterable[Intervention]) -> list[range]:

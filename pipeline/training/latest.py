@@ -5,13 +5,12 @@ segments are read from the newest back, to the log line before the newest checkp
 whose record holds every intervention up to there.
 """
 
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from pipeline.training.checkpoint import Checkpoint
-from pipeline.training.interventions import Kind, from_record
+from pipeline.training.interventions import Kind, from_record, in_numbers
 from pipeline.training.journal import Entry, StoredJournal, decode
 from pipeline.training.recovery import in_words
 
@@ -35,6 +34,7 @@ class Trouble:
     """What was done against divergence since the first image; not what a crash has undone."""
 
     counts: Mapping[Kind, int]
+    """The numbers of interventions.NAMES."""
     last: str = ""
     """The last one, in the words in which the user was told; "" if there was none."""
 
@@ -64,15 +64,20 @@ def _noted_since(run_url: str, saved: int) -> Trouble | None:
         if _is_log_line(entry) and entry.body["at"] <= saved:
             return None
         if entry.kind == "metrics" and f"stability/{Kind.SKIP}" in entry.body["values"]:
-            return Trouble({kind: int(entry.body["values"][f"stability/{kind}"]) for kind in Kind}, last)
+            return Trouble(_counts(entry.body["values"]), last)
     return None
 
 
 def _recorded(checkpoint: Checkpoint | None) -> Trouble:
     done = from_record(checkpoint.record["interventions"]) if checkpoint else []
-    counts = Counter(each.kind for each in done)
+    recorded = checkpoint.record["intervention_counts"] if checkpoint else {}
+    numbers = in_numbers({Kind(kind): count for kind, count in recorded.items()})
     last = f"At {done[-1].images_seen:,} images: {in_words(done[-1])}" if done else ""
-    return Trouble({kind: counts[kind] for kind in Kind}, last)
+    return Trouble(_counts(numbers), last)
+
+
+def _counts(numbers: Mapping[str, float]) -> dict[Kind, int]:
+    return {kind: int(numbers[f"stability/{kind}"]) for kind in Kind}
 
 
 def _is_log_line(entry: Entry) -> bool:

@@ -22,13 +22,23 @@ from pipeline.training.checkpoint import (
     newest,
     open_attempt,
 )
-from pipeline.training.interventions import ROLLBACKS, Intervention, Kind, left_behind, rollbacks
+from pipeline.training.interventions import (
+    ROLLBACKS,
+    Intervention,
+    Kind,
+    in_numbers,
+    keep,
+    left_behind,
+    rollbacks,
+)
 from pipeline.training.stability import Verdict
 from pipeline.training.state import Training, TrainState
 from pipeline.training.worker import Worker
 
 KEYS_SHOWN = 8
 """Sample keys that an intervention keeps; all of them are in the run's file of it."""
+FILES = 1000
+"""Interventions of a run that have a file; later ones only if weights come back, or at the end."""
 
 
 class DivergedError(RuntimeError):
@@ -54,7 +64,8 @@ def intervene(training: Training, state: TrainState, verdict: Verdict, keys: Seq
     if verdict.kind in ROLLBACKS:
         assert onset is not None
         done = replace(done, back_to=roll_back(training, state, onset))
-    state.interventions.append(done)
+    keep(state.interventions, done)
+    state.counts[done.kind] += 1
     tell(training, state, all_keys)
     if verdict.kind is Kind.GIVE_UP:
         raise DivergedError(farewell(training, state, onset or 0))
@@ -137,15 +148,18 @@ def gathered(keys: Sequence[str], worker: Worker) -> tuple[str, ...]:
 def tell(training: Training, state: TrainState, keys: Sequence[str]) -> None:
     """Say what was done last: to the user, to MLflow, in a file of the run."""
     done, tracker = state.interventions[-1], training.tracker
-    counts = {kind: sum(each.kind is kind for each in state.interventions) for kind in Kind}
-    tracker.log({f"stability/{kind}": float(count) for kind, count in counts.items()}, at=done.images_seen)
-    tracker.tag(f"stability.{done.kind}", str(counts[done.kind]))
+    numbers = in_numbers(state.counts)
+    tracker.log(numbers, at=done.images_seen)
+    for name, number in numbers.items():
+        if number:
+            tracker.tag(name.replace("/", "."), f"{number:.0f}")
     line = f"At {done.images_seen:,} images: {in_words(done)}"
     tracker.tag("stability.last", line)
-    tracker.file(
-        f"stability/{done.images_seen:012d}-{done.kind}.json",
-        json.dumps({"reason": done.reason, "keys": list(keys)}, indent=2).encode(),
-    )
+    if state.counts.total() <= FILES or done.kind not in (Kind.SKIP, Kind.CLIP):
+        tracker.file(
+            f"stability/{done.images_seen:012d}-{done.kind}.json",
+            json.dumps({"reason": done.reason, "keys": list(keys)}, indent=2).encode(),
+        )
     training.worker.say(line)
 
 
@@ -173,9 +187,9 @@ def farewell(training: Training, state: TrainState, onset: int) -> str:
         each for each in state.interventions if each.images_seen > onset and each.kind is not Kind.CLIP
     ]
     keys = list(dict.fromkeys(key for each in reversed(skipped) for key in each.keys))
-    files = "" if training.url is None else f" (all of them in {storage.shown(training.url)}/files/stability)"
+    files = "" if training.url is None else f" (more in {storage.shown(training.url)}/files/stability)"
     return (
-        f"{last.reason}, at {last.images_seen:,} images, after {rollbacks(state.interventions)} rollbacks. "
+        f"{last.reason}, at {last.images_seen:,} images, after {rollbacks(state.counts)} rollbacks. "
         f"Skipped were, among others, {', '.join(keys[:KEYS_SHOWN])}{files}. Look at these samples; raise "
         "objective.spectral_coefficient or lower optimizer.learning_rate in a new run; or allow more "
         "with stability.max_rollbacks and the same command."

@@ -33,7 +33,7 @@ from typing import Any
 
 from nvae.health import Limits, Reading, Trouble
 from pipeline.config import StabilityConfig
-from pipeline.training.interventions import Intervention, Kind, rollbacks
+from pipeline.training.interventions import ROLLBACKS, Intervention, Kind
 
 WINDOW = 128
 """Updates that one is compared with."""
@@ -129,7 +129,8 @@ def judge(
         return Verdict(now, Kind.SKIP, reason)
     if all(trouble == Trouble.GRADIENT_SPIKE.value for trouble in skips):
         return Verdict(replace(now, troubles=(), clipping=True), Kind.CLIP, f"{how_often} ({reason})")
-    spent = rollbacks(each for each in interventions if each.images_seen > images_seen - span_images)
+    since = images_seen - span_images
+    spent = sum(each.kind in ROLLBACKS and each.images_seen > since for each in interventions)
     kind = Kind.ROLL_BACK if spent == 0 else Kind.SOFTEN
     if spent >= config.max_rollbacks:
         kind = Kind.GIVE_UP

@@ -1,6 +1,7 @@
 """The state of a training, which is what a checkpoint holds, and what surrounds it."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,7 +20,7 @@ from pipeline.data.index import Index
 from pipeline.training import interventions as interventions_of
 from pipeline.training.checkpoint import Checkpoint
 from pipeline.training.checkpoint_writer import CheckpointWriter
-from pipeline.training.interventions import Intervention
+from pipeline.training.interventions import Intervention, Kind
 from pipeline.training.optimizer_state import flatten_optimizer, restore_optimizer
 from pipeline.training.stability import Condition
 from pipeline.training.tracking import Tracker
@@ -39,7 +40,9 @@ class TrainState:
     condition: Condition = field(default_factory=Condition)
     """What an update is compared with; goes back with the weights."""
     interventions: list[Intervention] = field(default_factory=list)
-    """What was done against divergence, from the first image on; never goes back."""
+    """What was done last against divergence; never goes back."""
+    counts: Counter[Kind] = field(default_factory=Counter)
+    """How often which of it was done, from the first image on."""
     evaluation_due: bool = False
     """Whether an evaluation fell due that was not made, or not to its end: a stop came first."""
     checkpoint_due: bool = False
@@ -72,6 +75,7 @@ class TrainState:
         self.images_seen = checkpoint.images_seen
         self.best = math.inf if record["best"] is None else record["best"]
         self.interventions = interventions_of.from_record(record["interventions"])
+        self.counts = Counter({Kind(kind): n for kind, n in record["intervention_counts"].items()})
         self.evaluation_due = record["evaluation_due"]
         if record["config"]["train"]["batch_size"] != config.train.batch_size:
             # Losses of batches of another size scatter differently.
@@ -115,6 +119,7 @@ class TrainState:
             "best": self.best if math.isfinite(self.best) else None,
             "condition": self.condition.to_record(),
             "interventions": interventions_of.to_record(self.interventions),
+            "intervention_counts": {str(kind): count for kind, count in self.counts.items()},
             "evaluation_due": self.evaluation_due,
         }
 

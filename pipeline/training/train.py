@@ -140,7 +140,7 @@ def step(
                 config.model,
                 worker.device,
                 seed=config.train.seed,
-                rollbacks=rollbacks(state.interventions),
+                rollbacks=rollbacks(state.counts),
             ),
             flip=batch.flip.to(worker.device, non_blocking=True),
             weights=batch.weights.to(worker.device, non_blocking=True),

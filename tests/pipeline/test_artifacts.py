@@ -10,6 +10,7 @@ from hypothesis.strategies import integers
 
 from pipeline import storage
 from pipeline.artifacts import (
+    MANIFEST_BYTES,
     ArtifactError,
     NewerFormatError,
     damaged_files,
@@ -134,3 +135,9 @@ def test_a_damaged_header_is_an_error_of_ours_or_harmless(position, value):
         tensors_from_bytes(bytes(data), "here")
     except ArtifactError as error:
         assert "here" in str(error)
+
+
+def test_a_manifest_that_no_reader_would_take_is_not_written(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="larger than 4 MiB"):
+        write_directory(str(tmp_path), [], format="test", version=1, fields={"text": "x" * MANIFEST_BYTES})
+    assert list(tmp_path.iterdir()) == []

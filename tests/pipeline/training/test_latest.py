@@ -1,5 +1,6 @@
 """What a run's folder says of it: the newest numbers and interventions, whatever was killed when."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -44,9 +45,9 @@ def done(at: int, skips: int, words: str) -> list[tuple[str, Mapping[str, Any]]]
 
 def save(run: str, attempt: int, at: int, interventions: Sequence[Intervention] = ()) -> Checkpoint:
     writer = CheckpointWriter(run, attempt, keep=3)
-    writer.save(
-        {"model": {"w": torch.ones(2)}}, {"interventions": [asdict(i) for i in interventions]}, at, {}
-    )
+    counts = Counter(each.kind for each in interventions)
+    record = {"interventions": [asdict(i) for i in interventions], "intervention_counts": dict(counts)}
+    writer.save({"model": {"w": torch.ones(2)}}, record, at, {})
     writer.wait()
     return checkpoints(run)[0]
 
