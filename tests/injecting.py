@@ -7,11 +7,13 @@ a chosen number of images: break a weight, a gradient, a statistic, an image; st
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from nvae import step
 from nvae.batch_norm import BatchNorm
 from pipeline.training.worker import Phase, Worker
 
@@ -89,6 +91,18 @@ def break_statistic(at: Injecting, value: float = math.nan) -> None:
         layer.running_var[0] = value
 
     handle = layer.register_forward_hook(poison)
+
+
+def break_loss(_: Injecting, value: float = math.nan) -> None:
+    """The loss of one update, summed over this rank's images, and nothing that it is made of."""
+    original = step._forward
+
+    def poison(*arguments: Any) -> Any:
+        step._forward = original
+        terms = original(*arguments)
+        return replace(terms, loss=terms.loss * value)
+
+    step._forward = poison
 
 
 def break_image(at: Injecting, value: float = math.nan) -> None:

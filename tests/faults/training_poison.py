@@ -1,11 +1,9 @@
 """Numbers that are none, put into a running training at chosen updates, and what it did about them."""
 
 import json
-import math
 import random
 from collections import Counter
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,7 +13,14 @@ from pipeline.training.interventions import Intervention, Kind, from_record
 from pipeline.training.worker import Worker
 from tests.faults.injection import Tally
 from tests.faults.training_runs import BATCH, Place, Training, TrainingRow, small_updates, weights
-from tests.injecting import Injecting, break_gradient, break_image, break_statistic, break_weight
+from tests.injecting import (
+    Injecting,
+    break_gradient,
+    break_image,
+    break_loss,
+    break_statistic,
+    break_weight,
+)
 
 PLAN = "poison.json"
 """In the folder of a training's notes: [images seen before the update, kind] of each injection."""
@@ -31,7 +36,8 @@ def on_last_rank(act: Callable[[Injecting], object]) -> Callable[[Injecting], ob
 
 
 KINDS: dict[str, Callable[[Injecting], object]] = {
-    "the loss of every rank": partial(break_image, value=math.inf),
+    "the loss of every rank": break_loss,
+    "the loss of one rank": on_last_rank(break_loss),
     "an image of one rank": on_last_rank(break_image),
     "a gradient of one rank": on_last_rank(break_gradient),
     "a batch-norm variance of one rank": on_last_rank(break_statistic),
