@@ -90,6 +90,8 @@ def begin(prepared: Prepared) -> RunSpec:
         parent=prepared.parent,
         initial_model=prepared.initial_model,
         launches=record.launches if record else (),
+        # Until there is a new one; the state tells that it is of an earlier launch.
+        result=record.result if record else {},
     )
     run_folder.write_record(prepared.url, record)
     return RunSpec(
@@ -157,9 +159,8 @@ def running(spec: RunSpec) -> Iterator[dict[str, Any]]:
         end["reason"] = str(error) or type(error).__name__
         raise
     finally:
-        run_folder.update_record(
-            spec.url, state=end["state"], reason=end["reason"], result=end.get("result", {})
-        )
+        result = {"result": end["result"]} if end.get("result") else {}
+        run_folder.update_record(spec.url, state=end["state"], reason=end["reason"], **result)
         run_folder.clear_stop(spec.url)
         run_id = conclude(spec.url, spec.tracking_uri, status_of(end["state"]))
         # MLflow may have been away when the run began.
@@ -210,6 +211,8 @@ def _work(training: Training, spec: RunSpec, resume: Checkpoint | None) -> dict[
     state, reason = "finished", ""
     if resume is None or not _is_trained(resume, training.config):
         state, reason = _train(training, resume)
+    else:
+        worker.say(f"Nothing is left to train: train.total_images is {training.config.train.total_images:,}.")
     if state == "stopped":
         tracker.status("KILLED")
         return {"state": state, "reason": reason}
@@ -278,7 +281,7 @@ def _finish(training: Training, spec: RunSpec, state: str) -> dict[str, Any]:
         model = loaded.model.to(worker.device)
         samples = config.evaluation.importance_samples
         scores = evaluate(model, config, validation_batches(training), worker, samples)
-        worker.say(evaluation_line(scores, chosen.images_seen))
+        worker.say(f"Best checkpoint, whole split: {evaluation_line(scores, chosen.images_seen)}")
         training.tracker.log(
             {f"final/{name}": value for name, value in scores.items()}, at=chosen.images_seen
         )
