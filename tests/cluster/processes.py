@@ -197,6 +197,10 @@ class Nodes:
         self._nodes.append(node)
         return self.raylet(len(self._nodes) - 1)
 
+    def __len__(self) -> int:
+        """How many there have been, the killed ones too."""
+        return len(self._nodes)
+
     def raylet(self, number: int) -> int:
         """Process number of the raylet of the node that was the `number`th to be added, from 0."""
         processes = self._nodes[number].all_processes["raylet"]

@@ -10,25 +10,27 @@ from tests.faults.training_kills import NODE_SECONDS, judged, moments
 from tests.faults.training_runs import BATCH, Place, Training, TrainingRow, small_updates
 
 WIDTHS = (2, 1, 4, 2)
+SECONDS_BETWEEN_KILLS = 900.0
+"""At most: the longest part of the training that nobody touches takes some minutes."""
 
 
 def raylets(place: Place) -> TrainingRow:
     """The raylet of a random node killed; once training goes on, another node joins."""
-    kills, updates = (1, 200) if place.short else (10, 6000)
+    kills, updates = (1, 200) if place.short else (10, 3000)
     chance, tally, recoveries = random.Random(place.seed), Tally(), []
     broken = Training(place, "broken", *small_updates(updates), workers="1:2")
     with nodes(1, 1) as cluster:
         broken.start(RAY_ADDRESS=cluster.address)
         alive = [0, 1]
-        for kills_so_far, images in enumerate(moments(place.seed, kills, updates)):
+        for images in moments(place.seed, kills, updates):
             with tally.attempt(f"a node killed at {images} images"):
-                broken.wait_for_images(images)
+                broken.wait_for_images(images, SECONDS_BETWEEN_KILLS)
                 busy = [number for number in alive if cluster.workers(number)]
                 victim = chance.choice(busy)
                 recoveries.append(_kill_node(cluster, victim, broken))
                 alive.remove(victim)
                 cluster.add()
-                alive.append(kills_so_far + 2)
+                alive.append(len(cluster) - 1)
         broken.finish()
     row = judged(tally, "L2", "SIGKILL of a raylet, later another joins", broken, recoveries, NODE_SECONDS)
     return row.with_more(f"workers: {_changes(broken)}")
