@@ -44,7 +44,7 @@ def workers(place: Place) -> TrainingRow:
 
 def drivers(place: Place) -> TrainingRow:
     """The driver killed, and the same command repeated at once, while its orphans still live."""
-    kills, updates = (1, 200) if place.short else (10, 2000)
+    kills, updates = (1, 200) if place.short else (10, 1000)
     whole, broken = _pair(place, updates)
     tally, recoveries = Tally(), []
     broken.start()
