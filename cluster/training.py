@@ -189,11 +189,11 @@ def farewell(plan: Plan, spec: run.RunSpec, end: Mapping[str, Any]) -> str:
     """How the run ended, where everything is, and what to try next."""
     if end["state"] == "diverged":
         saved, reason = end["result"], f"Diverged: {end['reason']}"
-        if not saved or saved["model"] is None:
+        if not saved:
+            return f"{reason}\nNothing is registered: no checkpoint of trained weights is known to be good."
+        if saved["model"] is None:
             return reason
-        return (
-            f"{reason}\nIts best checkpoint before, at {saved['images_seen']:,} images, is {saved['model']}."
-        )
+        return f"{reason}\nIts last good checkpoint, at {saved['images_seen']:,} images, is {saved['model']}."
     if end["state"] == "stopped":
         return f"Stopped. Run the same command again to continue {spec.name}."
     if end["result"]["model"] is None:

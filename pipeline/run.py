@@ -21,22 +21,21 @@ from nvae.model import NVAE
 from pipeline import config_file, run_folder, storage
 from pipeline.artifacts import MANIFEST
 from pipeline.config import RunConfig
-from pipeline.data.index import VALIDATION, load_index
-from pipeline.models.evaluation import evaluate
+from pipeline.data.index import load_index
 from pipeline.models.export import Lineage, export, load_directory, write_weights
 from pipeline.models.registry import Registry, UnreachableError, load
 from pipeline.preparation import Prepared, registered_name
-from pipeline.progress import evaluation_line
 from pipeline.registration import NotRegisteredError, Patience
 from pipeline.run_folder import RunError, RunRecord
-from pipeline.training.checkpoint import Checkpoint, best, newest
+from pipeline.training.checkpoint import Checkpoint, Wanted, newest
 from pipeline.training.checkpoint_writer import CheckpointWriter, claim_attempt
 from pipeline.training.recovery import DivergedError, agreed
 from pipeline.training.run_description import status_of
+from pipeline.training.selection import Selected, select
 from pipeline.training.state import Training
 from pipeline.training.tracking import NullTracker, RunTracker, Tracker, conclude, create_run
 from pipeline.training.train import train
-from pipeline.training.validation import StoppedError, draw_pictures, validation_batches
+from pipeline.training.validation import StoppedError, draw_pictures
 from pipeline.training.worker import Worker
 
 EXPERIMENT = "nvae"
@@ -208,20 +207,20 @@ def _work(training: Training, spec: RunSpec, resume: Checkpoint | None) -> dict[
     worker, tracker = training.worker, training.tracker
     if resume is not None:
         worker.say(f"Continuing at {resume.images_seen:,} images from {resume.url}")
-    state, reason = "finished", ""
+    state, reason, good = "finished", "", None
     if resume is None or not _is_trained(resume, training.config):
-        state, reason = _train(training, resume)
+        state, reason, good = _train(training, resume)
     else:
         worker.say(f"Nothing is left to train: train.total_images is {training.config.train.total_images:,}.")
     if state == "stopped":
         tracker.status("KILLED")
         return {"state": state, "reason": reason}
     try:
-        result = _finish(training, spec, state)
+        result = _finish(training, spec, good)
     except StoppedError:
         tracker.status("KILLED")
         return {"state": "stopped", "reason": ""}
-    if result and result["model"] is None:
+    if result.get("model", "") is None:
         reason = f"{reason}\n{result['verdict']}".lstrip()
     tracker.status("FINISHED" if state == "finished" else "FAILED")
     return {"state": state, "reason": reason, "result": result}
@@ -249,63 +248,51 @@ def _initial_model(spec: RunSpec) -> NVAE | None:
     return load_directory(_initial_weights(spec.url)).model if spec.initial_model else None
 
 
-def _train(training: Training, resume: Checkpoint | None) -> tuple[str, str]:
-    """Train until the end, a stop request or divergence: (state, reason)."""
-    state, reason = "diverged", ""
+def _train(training: Training, resume: Checkpoint | None) -> tuple[str, str, Wanted | None]:
+    """Train until the end, a stop request or divergence: (state, reason, checkpoints from before it)."""
+    state, reason, good = "diverged", "", None
     try:
         state = train(training, resume)
     except DivergedError as error:
-        reason = str(error)
+        reason, good = str(error), error.good
     training.worker.mark("finish", training.config.train.total_images)
     if training.checkpoints is not None:
         training.checkpoints.wait()
     training.worker.barrier()
-    return state, reason
+    return state, reason, good
 
 
-def _finish(training: Training, spec: RunSpec, state: str) -> dict[str, Any]:
-    """Evaluate the best checkpoint on the whole validation split, then export and register it.
+def _finish(training: Training, spec: RunSpec, good: Wanted | None) -> dict[str, Any]:
+    """Evaluate the run's model on the whole validation split, then export and register it.
 
-    That of a run that diverged as well, if it had one: no checkpoint is of diverged weights.
+    `good` is given of a run that diverged, and its result is empty if there is no such checkpoint.
     """
-    config, worker = training.config, training.worker
-    chosen = agreed(partial(best, spec.url), spec.url, worker)
-    if chosen is None and state == "diverged":
+    selected = select(training, spec.url, good)
+    if selected is None and good is not None:
         return {}
-    if chosen is None:
-        raise RunError(f"{spec.url} has no checkpoint to register; run the same command again.")
-    loaded = load(chosen.url, spec.tracking_uri)
-    scores: dict[str, float] = {}
-    if training.data.num_samples(VALIDATION):
-        worker.say("Evaluating the best checkpoint on the whole validation split ...")
-        model = loaded.model.to(worker.device)
-        samples = config.evaluation.importance_samples
-        scores = evaluate(model, config, validation_batches(training), worker, samples)
-        worker.say(f"Best checkpoint, whole split: {evaluation_line(scores, chosen.images_seen)}")
-        training.tracker.log(
-            {f"final/{name}": value for name, value in scores.items()}, at=chosen.images_seen
+    if selected is None:
+        raise RunError(
+            f"{spec.url} has no checkpoint that could be registered: none is intact and evaluates to "
+            "numbers (the log says what is wrong with each)."
         )
-    if worker.rank != 0:
+    model, at = selected.model, selected.checkpoint.images_seen
+    if selected.scores:
+        training.tracker.log({f"final/{name}": value for name, value in selected.scores.items()}, at=at)
+    if training.worker.rank != 0:
         return {}
-    pictures = draw_pictures(training, loaded.model, at=chosen.images_seen) if scores else []
-    result = _register(training, spec, chosen, loaded.model.cpu(), scores, state)
+    pictures = draw_pictures(training, model, at=at) if selected.scores else []
+    result = _register(training, spec, selected, diverged=good is not None)
     return {**result, "pictures": [storage.join(spec.url, picture) for picture in pictures]}
 
 
-def _register(
-    training: Training,
-    spec: RunSpec,
-    chosen: Checkpoint,
-    model: NVAE,
-    scores: Mapping[str, float],
-    state: str,
-) -> dict[str, Any]:
+def _register(training: Training, spec: RunSpec, selected: Selected, *, diverged: bool) -> dict[str, Any]:
     """Export the weights and register them; what the user will want to know of it.
 
     `model` is None there if MLflow did not take it, and `verdict` says why.
     """
     name = registered_name(spec.name, training.config)
     patience = Patience(training.worker, spec.tracking_uri)
+    chosen, scores = selected.checkpoint, selected.scores
     result: dict[str, Any] = {
         "metrics": dict(scores),
         "images_seen": chosen.images_seen,
@@ -321,9 +308,9 @@ def _register(
             data_hash=spec.data_hash,
             code_version=code_version(),
             parent=spec.initial_model,
-            diverged=state == "diverged",
+            diverged=diverged,
         )
-        manifest = export(spec.store, name, model, training.config, lineage, scores)
+        manifest = export(spec.store, name, selected.model.cpu(), training.config, lineage, scores)
         result["export"] = manifest.url
         registry = patience.ask(lambda: Registry(spec.tracking_uri))
         registration = patience.ask(lambda: registry.register(manifest.url, name))

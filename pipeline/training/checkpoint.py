@@ -222,18 +222,6 @@ def images_saved(run_url: str) -> int:
     return next((checkpoint.images_seen for checkpoint in checkpoints(run_url)), 0)
 
 
-def best(run_url: str, metric: str = BEST_METRIC) -> Checkpoint | None:
-    """The intact checkpoint with the lowest `metric`; the newest one where none was measured."""
-    measured = [c for c in checkpoints(run_url) if c.metrics.get(metric) is not None]
-    for checkpoint in sorted(measured, key=lambda c: c.metrics[metric] or 0.0):
-        try:
-            checkpoint.verify()
-            return checkpoint
-        except ArtifactError as error:
-            logger.warning("checkpoint passed over: %s", error)
-    return newest(run_url)
-
-
 @dataclass(frozen=True, order=True)
 class Directory:
     """A directory that may hold a checkpoint; the greater is the newer."""

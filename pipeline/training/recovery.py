@@ -44,6 +44,11 @@ FILES = 1000
 class DivergedError(RuntimeError):
     """A training that goes on diverging, whatever is done; the message says why and what to do."""
 
+    def __init__(self, message: str, good: Wanted) -> None:
+        super().__init__(message)
+        self.good = good
+        """Which checkpoints are from before the trouble."""
+
 
 def intervene(training: Training, state: TrainState, verdict: Verdict, keys: Sequence[str]) -> None:
     """Do what the verdict on the last update asks for; `keys` are this rank's samples of it.
@@ -68,7 +73,8 @@ def intervene(training: Training, state: TrainState, verdict: Verdict, keys: Seq
     state.counts[done.kind] += 1
     tell(training, state, all_keys)
     if verdict.kind is Kind.GIVE_UP:
-        raise DivergedError(farewell(training, state, onset or 0))
+        assert onset is not None
+        raise DivergedError(farewell(training, state, onset), before(onset, state.interventions))
 
 
 def roll_back(training: Training, state: TrainState, onset: int) -> int:
@@ -85,12 +91,12 @@ def roll_back(training: Training, state: TrainState, onset: int) -> int:
         training.checkpoints.settle()
     if url is not None:
         try:
-            checkpoint = agreed(
-                lambda: newest_sound(url, onset - 1, state.interventions), url, training.worker
-            )
+            wanted = before(onset, state.interventions)
+            checkpoint = agreed(lambda: newest(url, wanted), url, training.worker)
         except CheckpointError as error:
             raise DivergedError(
-                f"the weights are in trouble since {onset:,} images and cannot go back to before: {error}"
+                f"the weights are in trouble since {onset:,} images and cannot go back to before: {error}",
+                wanted,
             ) from error
     if checkpoint is None:
         state.begin_anew(training.config, training.initial())
@@ -101,13 +107,12 @@ def roll_back(training: Training, state: TrainState, onset: int) -> int:
     return 0 if checkpoint is None else checkpoint.images_seen
 
 
-def newest_sound(run_url: str, at_most: int, interventions: Sequence[Intervention] = ()) -> Checkpoint | None:
-    """The newest intact checkpoint of at most so many images that a rollback may go to.
+def before(onset: int, interventions: Sequence[Intervention] = ()) -> Wanted:
+    """The checkpoints that a rollback may go to, of trouble that began at `onset` images seen.
 
     That is none which was saved amid an episode, and none which an earlier rollback left behind.
-    Raises CheckpointError if there are such checkpoints and none is intact.
     """
-    return newest(run_url, Wanted(at_most, sound=True, left_behind=left_behind(interventions)))
+    return Wanted(onset - 1, sound=True, left_behind=left_behind(interventions))
 
 
 def agreed(choose: Callable[[], Checkpoint | None], run_url: str, worker: Worker) -> Checkpoint | None:

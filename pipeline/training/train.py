@@ -26,7 +26,7 @@ from nvae.step import StepResult, StepSettings, update
 from pipeline.config import CadenceConfig, RunConfig
 from pipeline.data.loader import Batch, training_batches
 from pipeline.progress import training_line
-from pipeline.training.checkpoint import BEST_METRIC, Checkpoint
+from pipeline.training.checkpoint import BEST_METRIC, Checkpoint, Wanted
 from pipeline.training.interventions import ROLLBACKS, Kind, budget_images, left_behind, rollbacks
 from pipeline.training.machine import Machine, folders
 from pipeline.training.metrics import Metrics
@@ -212,7 +212,8 @@ def refuse_divergence(numbers: Mapping[str, float], images_seen: int) -> None:
         raise DivergedError(
             f"no update before {images_seen:,} images had a finite loss and gradient; every one was "
             "skipped. The last checkpoint is from before. Raise objective.spectral_coefficient or lower "
-            "optimizer.learning_rate in a new run, or set stability.enabled=true."
+            "optimizer.learning_rate in a new run, or set stability.enabled=true.",
+            Wanted(sound=True),
         )
 
 

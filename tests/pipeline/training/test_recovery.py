@@ -11,13 +11,14 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
+from cluster.training import EXIT_CODES
 from pipeline.data.index import load_index
 from pipeline.data.loader import training_batches
 from pipeline.training.checkpoint import checkpoints, newest, open_attempt
 from pipeline.training.interventions import Intervention, Kind, from_record
 from pipeline.training.machine import Machine
 from pipeline.training.metrics import Metrics
-from pipeline.training.recovery import DivergedError, newest_sound
+from pipeline.training.recovery import DivergedError, before
 from pipeline.training.state import Training, TrainState
 from pipeline.training.tracking import NullTracker
 from pipeline.training.train import step
@@ -117,7 +118,7 @@ def test_a_run_stopped_amid_an_episode_goes_on_as_if_it_had_not_been(
     assert run.launch({**EPISODE, where: stop_and_break}) == "stopped"
     # Newer than the one to go back to, but saved amid the trouble.
     assert (run.last.images_seen, run.last.sound) == (where + 4, False)
-    sound = newest_sound(run.url, where + 4)
+    sound = newest(run.url, before(where + 5))
     assert sound is not None
     assert sound.images_seen == 20
     assert run.launch(EPISODE) == "finished"
@@ -141,10 +142,10 @@ def test_a_rollback_goes_to_no_checkpoint_that_an_earlier_one_left_behind(rolled
     """The trouble comes again at once: what was seen between 16 and 40 images did not help then."""
     done = from_record(rolled_back.last.record["interventions"])
     for at_most, expected in ((48, 48), (47, 44), (39, 16), (15, 12)):
-        found = newest_sound(rolled_back.url, at_most, done)
+        found = newest(rolled_back.url, before(at_most + 1, done))
         assert found is not None
         assert found.images_seen == expected
-    assert newest_sound(rolled_back.url, 3, done) is None
+    assert newest(rolled_back.url, before(4, done)) is None
 
 
 def test_broken_weights_are_not_saved_not_even_when_the_run_is_stopped(home: Home, tmp_path: Path) -> None:
@@ -223,7 +224,7 @@ def test_a_short_training_that_does_nothing_but_diverge_is_given_up_too(
     ]
 
 
-def test_a_spent_budget_ends_the_run_with_its_samples_named_and_its_best_checkpoint_registered(
+def test_a_spent_budget_ends_the_run_with_its_samples_named_and_its_last_good_checkpoint_registered(
     home: Home,
 ) -> None:
     settings = (
@@ -252,8 +253,8 @@ def test_a_spent_budget_ends_the_run_with_its_samples_named_and_its_best_checkpo
     assert (record["state"], record["reason"]) == ("diverged", end["reason"])
 
     result = record["result"]
-    # The weights of 16, evaluated again where the evaluation that fell due amid trouble was made up for.
-    assert result["images_seen"] == 36
+    # Those of 36 and 44 are what followed from it and was given up.
+    assert result["images_seen"] == 16
     client = MlflowClient(home.tracking)
     version = client.get_model_version("nvae-hopeless", result["model"].rpartition("/")[2])
     assert version.tags["run.diverged"] == "true"
@@ -263,3 +264,24 @@ def test_a_spent_budget_ends_the_run_with_its_samples_named_and_its_best_checkpo
         "1",
         "1",
     )
+
+
+def test_damage_that_leaves_nothing_to_go_back_to_ends_the_run_and_what_is_intact_is_registered(
+    home: Home,
+) -> None:
+    often = ("cadence.checkpoint_images=12", "train.total_images=96")
+    assert home.train("rotten", *often, worker=Injecting(LocalWorker(), {8: stop}))["state"] == "stopped"
+    url = Path(home.run_url("rotten"))
+
+    def damage_and_break(at: Injecting) -> None:
+        (url / "checkpoints/000000000012-001/model.safetensors").write_bytes(b"")
+        break_image(at)
+
+    trouble = {24: damage_and_break, **dict.fromkeys(range(28, 96, 4), break_image)}
+    end = home.train("rotten", *often, worker=Injecting(LocalWorker(), trouble))
+    assert (end["state"], EXIT_CODES[end["state"]]) == ("diverged", 3)
+    assert "in trouble since 24 images and cannot go back to before" in end["reason"]
+    assert "Damaged: 000000000012-001" in end["reason"]
+    # No update was made since: that of 24 is as good as it was.
+    assert end["result"]["images_seen"] == 24
+    assert end["result"]["model"] == "models:/nvae-rotten/1"

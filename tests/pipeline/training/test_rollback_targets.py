@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pipeline.training.checkpoint import CheckpointError, newest
 from pipeline.training.checkpoint_writer import CheckpointWriter, claim_attempt
 from pipeline.training.interventions import Intervention, Kind, left_behind
-from pipeline.training.recovery import newest_sound
+from pipeline.training.recovery import before
 
 FOLDERS = itertools.count()
 
@@ -60,7 +60,7 @@ class Modelled:
             for seen, sound in self.ever
             if sound and seen < onset and not any(seen in images for images in ranges)
         ]
-        found = newest_sound(self.url, onset - 1, self.done)
+        found = newest(self.url, before(onset, self.done))
         assert (found.images_seen if found else None) == (max(good) if good else None)
         back_to = found.images_seen if found else 0
         self.done.append(Intervention(Kind.ROLL_BACK, self.images_seen, "", back_to=back_to))
@@ -102,7 +102,7 @@ def test_damage_before_the_trouble_is_no_reason_to_begin_anew_nor_to_delete_anyt
     for damaged in (4, 8):
         (tmp_path / "checkpoints" / f"{damaged:012d}-001" / "model.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError, match="000000000008-001, 000000000004-001") as refusal:
-        newest_sound(run.url, 11)
+        newest(run.url, before(12))
     assert "delete" not in str(refusal.value)
     found = newest(run.url)
     assert found is not None
