@@ -65,7 +65,8 @@ class Checkpoint:
     metrics: Mapping[str, float | None]
     """Metrics at that moment; None for one that was not finite."""
     sound: bool
-    """Whether its weights were known to be good: it was not saved amid an episode of trouble."""
+    """Whether its weights were known to be good: it was not saved amid an episode of trouble, and a
+    validation at that moment, if there was one, gave numbers."""
     _read: dict[str, dict[str, Tensor]] = field(default_factory=dict, repr=False, compare=False)
     """Tensors of files that were read and not asked for since."""
 

@@ -16,6 +16,7 @@ import logging
 import math
 from collections.abc import Mapping
 from contextlib import closing
+from dataclasses import replace
 from typing import Literal
 
 from torch import nn
@@ -226,8 +227,8 @@ def look_and_save(
     only when the run leaves them. `urgent` is a save that may not be left out.
     """
     found: dict[str, float] = {}
-    sound = state.condition.onset is None
-    if state.evaluation_due and (sound or cadence.at_the_end) and not stopping:
+    calm = state.condition.onset is None
+    if state.evaluation_due and (calm or cadence.at_the_end) and not stopping:
         training.worker.mark("evaluate", state.images_seen)
         try:
             found = evaluate_and_show(training, state)
@@ -235,18 +236,33 @@ def look_and_save(
         except StoppedError:
             # It is made anew when the run continues.
             stopping = True
-    bits = found.get(BEST_METRIC, math.inf)
-    urgent = urgent or stopping or cadence.at_the_end or (sound and bits < state.best)
-    if urgent or (sound and state.checkpoint_due):
+    finite = all(math.isfinite(score) for score in found.values())
+    if not finite:
+        suspect(training, state)
+    bits = found.get(BEST_METRIC, math.inf) if finite else math.inf
+    urgent = urgent or stopping or cadence.at_the_end or (calm and bits < state.best)
+    if urgent or (calm and state.checkpoint_due):
         training.worker.mark("checkpoint", state.images_seen)
         state.best = min(state.best, bits)
         state.checkpoint_due = False
-        save(training, state, found, may_be_left_out=not urgent)
+        save(training, state, found, sound=calm and finite, may_be_left_out=not urgent)
     return "stopped" if stopping else None
 
 
+def suspect(training: Training, state: TrainState) -> None:
+    """Weights that do not evaluate to numbers: trouble after them goes back to before."""
+    logger.warning("the weights at %s images do not evaluate to numbers", f"{state.images_seen:,}")
+    if training.config.stability.enabled and state.condition.onset is None:
+        state.condition = replace(state.condition, onset=state.images_seen)
+
+
 def save(
-    training: Training, state: TrainState, metrics: Mapping[str, float], *, may_be_left_out: bool
+    training: Training,
+    state: TrainState,
+    metrics: Mapping[str, float],
+    *,
+    sound: bool,
+    may_be_left_out: bool,
 ) -> None:
     """Write a checkpoint in the background; all ranks tell whoever started them.
 
@@ -255,7 +271,6 @@ def save(
     if training.checkpoints is not None:
         if state.is_finite():
             record = state.record(training.config, training.data.content_hash)
-            sound = state.condition.onset is None
             training.checkpoints.save(
                 state.tensors(),
                 record,

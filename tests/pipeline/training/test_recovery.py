@@ -14,7 +14,8 @@ from mlflow import MlflowClient
 from cluster.training import EXIT_CODES
 from pipeline.data.index import load_index
 from pipeline.data.loader import training_batches
-from pipeline.training.checkpoint import checkpoints, newest, open_attempt
+from pipeline.run_folder import RunError
+from pipeline.training.checkpoint import Checkpoint, checkpoints, newest, open_attempt
 from pipeline.training.interventions import Intervention, Kind, from_record
 from pipeline.training.machine import Machine
 from pipeline.training.metrics import Metrics
@@ -199,6 +200,36 @@ def test_what_follows_a_rollback_has_other_noise_and_what_softens_gentler_coeffi
     assert skipped == plain
     assert back[0] != plain[0]
     assert (softened[0], softened[1]) == (back[0], pytest.approx(3 * plain[1]))
+
+
+def test_weights_that_do_not_evaluate_to_numbers_are_where_trouble_begins(home: Home, tmp_path: Path) -> None:
+    often = (*OFTEN[:2], "cadence.evaluate_images=24", "train.total_images=72")
+    run = Launches(home, tmp_path, *often)
+    # A finite statistic that only an evaluation uses: updates go on as if nothing were wrong.
+    trouble: dict[Any, Injection] = {
+        20: partial(break_statistic, value=-1e6),
+        **dict.fromkeys(range(36, 56, 4), break_image),
+    }
+    found: list[Checkpoint] = []
+    trouble[28] = lambda _: found.append(run.last)
+    assert run.launch(trouble) == "finished"
+    assert (run.done[0], run.done[-1]) == (("skip", 40, None), ("roll_back", 56, 20))
+    assert (found[0].images_seen, found[0].sound) == (24, False)
+    assert found[0].metrics["validation/bits_per_dim"] is None
+    assert run.last.sound
+    assert run.last.record["best"] == run.last.metrics["validation/bits_per_dim"]
+
+
+def test_a_model_that_does_not_evaluate_to_numbers_is_not_registered(home: Home) -> None:
+    rare = ("cadence.evaluate_images=1000", "cadence.checkpoint_images=8", "stability.enabled=false")
+    worker = Injecting(LocalWorker(), {16: partial(break_statistic, value=-1e6)})
+    end = home.train("silent", *rare, "train.total_images=32", worker=worker)
+    # Nothing was measured before the end; of those at 16, 24 and 32 images only the first is from before.
+    assert (end["state"], end["result"]["images_seen"]) == ("finished", 16)
+    assert "The checkpoint at 24 images does not evaluate to numbers." in worker.lines
+    worker = Injecting(LocalWorker(), {0: partial(break_statistic, value=-1e6)})
+    with pytest.raises(RunError, match="none is intact and evaluates to numbers"):
+        home.train("mute", *rare, "train.total_images=8", worker=worker)
 
 
 # -- give up ----------------------------------------------------------------------------
