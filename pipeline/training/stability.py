@@ -9,10 +9,9 @@ An update is compared with the last WINDOW that were made: how many robust devia
 and median absolute deviation) its loss, and the logarithm of its gradient norm, lie above the
 middle. Only above: nothing diverges downwards. The window lives on the host. Its numbers arrive
 with the one transfer by which ranks agree on an update (nvae/health.py), so that limits cost no
-work and no waiting of the device (60 us of the host). Penalties are left out of the loss that is
-compared: softening multiplies them, and that is no spike. In 2,300 healthy updates of the
-quickstart with batches of 8 no score was above 5.5 (loss) or 5.0 (gradient), and every 100th was
-above 2.5; the limits are 10.
+work and no waiting of the device. Penalties are left out of the loss that is compared: softening
+multiplies them, and that is no spike. How far the healthy updates of a run lie below the limits is
+in its curves: stability/loss_score and stability/gradient_score, the highest of each log interval.
 
 The ladder. An update that is not finite, or above a limit, is skipped. Too many skips in a row,
 or among the last WINDOW updates, mean that the weights have gone wrong, not a batch: they roll
