@@ -51,7 +51,7 @@ bench-overhead: .venv/installed  ## a run, and Ray Train, beside bare loops on t
 	$(BIN)/python -m tests.benchmarks.overhead
 
 bench-divergence: .venv/installed  ## a training that diverges, and how it is kept from it
-	$(BIN)/python -m tests.benchmarks.divergence
+	$(BIN)/python -m tests.benchmarks.divergence --picture configs/divergence.png
 
 clean:  ## remove what was installed and cached; runs and models in nvae-store stay
 	rm -rf .venv .venv-s3 .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

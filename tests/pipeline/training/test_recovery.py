@@ -220,6 +220,7 @@ def test_weights_that_do_not_evaluate_to_numbers_are_where_trouble_begins(home: 
     assert run.last.record["best"] == run.last.metrics["validation/bits_per_dim"]
 
 
+@pytest.mark.campaign
 def test_a_model_that_does_not_evaluate_to_numbers_is_not_registered(home: Home) -> None:
     rare = ("cadence.evaluate_images=1000", "cadence.checkpoint_images=8", "stability.enabled=false")
     worker = Injecting(LocalWorker(), {16: partial(break_statistic, value=-1e6)})
