@@ -61,7 +61,7 @@ def nans(place: Place) -> TrainingRow:
     training = Training(place, "poisoned", *small_updates((len(kinds) + 1) * APART_UPDATES))
     (training.folder / PLAN).write_text(json.dumps(injections))
     training.start()
-    training.finish()
+    training.finish(seconds=1800)
 
     tally, last = Tally(), newest(training.run_url)
     assert last is not None
