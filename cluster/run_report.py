@@ -17,7 +17,7 @@ _IN_WORDS = {
     Kind.SKIP: "skipped update",
     Kind.CLIP: "clipping",
     Kind.ROLL_BACK: "rollback",
-    Kind.SOFTEN: "of them softening",
+    Kind.SOFTEN: "softening",
     Kind.GIVE_UP: "end of the run",
 }
 

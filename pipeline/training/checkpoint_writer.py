@@ -306,7 +306,7 @@ class CheckpointWriter:
         usable = [d for d in whole if for_rollbacks.takes(d.images_seen, sound=d not in self._unsound)]
         # The newest is where a resume goes on. What no rollback may go to pushes out none that one may.
         kept = {*whole[:1], *usable[: self._keep]}
-        # Of equally good ones the newest, as in checkpoint.best.
+        # Of equally good ones the newest, as in selection.candidates.
         kept.update([d for d in whole if self._values[d] == self.best_value][:1])
         for directory in directories(self._run_url):
             if directory.attempt > self._attempt or directory in kept:

@@ -90,9 +90,9 @@ class Place:
     proxy: FaultProxy
     random: random.Random
     names: set[tuple[str, int]]
-    """(metric, images seen) of a training that nothing happens to, without what its machine does.
+    """(metric, images seen) of a training that nothing happens to, without what machine and writer say.
 
-    That is looked at every few seconds: a log line sooner than the first look lacks it."""
+    The machine is looked at every few seconds, and saves end when they end: a log line may lack either."""
 
     def moments(self) -> tuple[int, int]:
         """Images seen when an outage begins and when it ends."""
