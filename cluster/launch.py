@@ -38,8 +38,8 @@ from pipeline.errors import FailedError, InputError
 from pipeline.training.watchdog import Limits
 from pipeline.training.worker import Poll, StopSignals
 
-COLLECTIVE_TIMEOUT_SECONDS = 300
-"""A rank that waits this long for another gives up, and the group is restarted."""
+FORMING_SECONDS = 300
+"""A rank that waits this long for the others to come gives up, and the group is started anew."""
 
 Answer = dict[str, Any]
 
@@ -114,7 +114,7 @@ def _trainer(start: _Start, workers: int, use_gpu: bool) -> TorchTrainer:
     return TorchTrainer(
         _work,
         train_loop_config={"start": start},
-        torch_config=TorchGroup(timeout_s=COLLECTIVE_TIMEOUT_SECONDS),
+        torch_config=TorchGroup(timeout_s=FORMING_SECONDS),
         scaling_config=ray.train.ScalingConfig(num_workers=workers, use_gpu=use_gpu),
         run_config=ray.train.RunConfig(
             name=f"launch-{start.group}",

@@ -10,6 +10,7 @@ import signal
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from types import FrameType
 from typing import Any
 
@@ -20,11 +21,19 @@ import torch
 import torch.distributed as dist
 from ray.train.torch import TorchConfig
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from cluster.board import REPORT_SECONDS, Report, Reporter
 from nvae.model import NVAE
 from nvae.parallel import data_parallel
 from pipeline.training.watchdog import Phase, Pulse, end_process
+
+PATIENCE = timedelta(days=30)
+"""How long a rank that trains waits for another: longer than storage.retry_seconds can be.
+
+Torch's limit on collectives cannot tell a rank that hangs from one that waits for its bucket or
+ends an upload; the watchdog can, and ends the group that stands still.
+"""
 
 _told_to_leave = threading.Event()
 """Set by the first SIGTERM of this process."""
@@ -61,6 +70,9 @@ class RayWorker:
         self._node = runtime.get_node_id()
         self._run_url = run_url
         self._reporter = Reporter(board, group, self.rank)
+        if self.world_size > 1:
+            # Private, and the only way: a group is formed with the limit that it has from then on.
+            _set_pg_timeout(PATIENCE)
 
     def wrap(self, model: NVAE) -> nn.Module:
         return model if self.world_size == 1 else data_parallel(model)

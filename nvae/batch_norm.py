@@ -134,8 +134,9 @@ def batch_statistics(x: Tensor) -> Statistics:
                 f"a layer in need of the batch's variance has one value per channel in an input of "
                 f"shape {tuple(x.shape)}; use a larger batch"
             )
-        return Statistics(mean, variance, mean.new_tensor(local_count))
-    mine = torch.cat([mean, variance, mean.new_tensor([local_count])])
+        return Statistics(mean, variance, mean.new_full((), local_count))
+    # Filled on the device: a copy from the host would wait for it, once per layer.
+    mine = torch.cat([mean, variance, mean.new_full((1,), local_count)])
     # The one collective of a layer's forward pass.
     return combine(gather(mine))
 

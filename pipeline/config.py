@@ -207,10 +207,9 @@ class StorageConfig(Section):
     """Longest wait for a connection to a store, its TLS handshake included."""
     read_timeout_seconds: float = Field(15.0, gt=0, le=600, json_schema_extra=RESUMABLE)
     """Longest silence of a store in the midst of an answer; then the rest is asked for again."""
-    retry_seconds: float = Field(240.0, ge=0, le=7 * 86_400, json_schema_extra=RESUMABLE)
-    """How long a store that answered before may fail before the run does. The default outlasts
-    a restart or fail-over of a store and ends before the other workers, who wait 300 s for one
-    that has no data, hide the cause behind a time-out of their own."""
+    retry_seconds: float = Field(1800.0, ge=0, le=7 * 86_400, json_schema_extra=RESUMABLE)
+    """How long a store that answered before may fail before the run does; the other workers wait
+    as long. A run that has nobody to mend a bucket before the morning wants 43_200."""
     longest_pause_seconds: float = Field(8.0, gt=0, le=600, json_schema_extra=RESUMABLE)
     """Longest pause between two tries. Pauses are drawn at random below a bound that doubles
     from 0.2 s up to this; a store that names a pause itself (Retry-After) is heeded."""

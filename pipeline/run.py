@@ -106,9 +106,14 @@ def begin(prepared: Prepared) -> RunSpec:
 
 
 def _keep_initial_weights(prepared: Prepared) -> None:
-    """A copy for the run itself: where they come from may be deleted, or away, when it needs them again."""
+    """A copy for the run itself: where they come from may be deleted, or away, when it needs them again.
+
+    Written anew as long as there is no run: what lies there may be another model, of a start that
+    was broken off.
+    """
     url = _initial_weights(prepared.url)
-    if prepared.initial_model is not None and not storage.exists(storage.join(url, MANIFEST)):
+    is_kept = prepared.record is not None and storage.exists(storage.join(url, MANIFEST))
+    if prepared.initial_model is not None and not is_kept:
         loaded = load(prepared.initial_model, prepared.tracking_uri)
         write_weights(url, loaded.model, loaded.config)
 

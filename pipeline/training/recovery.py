@@ -101,7 +101,7 @@ def roll_back(training: Training, state: TrainState, onset: int) -> int:
     if checkpoint is None:
         state.begin_anew(training.config, training.initial())
     else:
-        state.roll_back(checkpoint)
+        state.roll_back(checkpoint, training.config)
     # Until every rank has read it, none saves another, which may push it out.
     training.worker.barrier()
     return 0 if checkpoint is None else checkpoint.images_seen

@@ -71,23 +71,23 @@ class TrainState:
     def resume(self, checkpoint: Checkpoint, config: RunConfig) -> None:
         """Put back everything that `tensors` and `record` gave."""
         record = checkpoint.record
-        self.roll_back(checkpoint)
+        self.roll_back(checkpoint, config)
         self.images_seen = checkpoint.images_seen
         self.best = math.inf if record["best"] is None else record["best"]
         self.interventions = interventions_of.from_record(record["interventions"])
         self.counts = Counter({Kind(kind): n for kind, n in record["intervention_counts"].items()})
         self.evaluation_due = record["evaluation_due"]
-        if record["config"]["train"]["batch_size"] != config.train.batch_size:
-            # Losses of batches of another size scatter differently.
-            self.condition = replace(self.condition, losses=(), log_norms=())
 
-    def roll_back(self, checkpoint: Checkpoint) -> None:
+    def roll_back(self, checkpoint: Checkpoint, config: RunConfig) -> None:
         """Put back the weights and all that belongs to them. Progress and interventions stay."""
         self.model.load_state_dict(checkpoint.load("model"))
         self.averaged.load_state_dict(checkpoint.load("ema"))
         restore_optimizer(self.optimizer, self.model, checkpoint.load("optimizer"))
         self.ema.n_averaged.fill_(checkpoint.record["updates"])
         self.condition = Condition.from_record(checkpoint.record["condition"])
+        if checkpoint.record["config"]["train"]["batch_size"] != config.train.batch_size:
+            # Losses of batches of another size scatter differently.
+            self.condition = replace(self.condition, losses=(), log_norms=())
 
     @torch.no_grad()
     def begin_anew(self, config: RunConfig, initial: NVAE | None) -> None:

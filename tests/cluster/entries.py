@@ -117,3 +117,10 @@ class _Sleepy:
 
 def asleep_for_ever() -> None:
     threading.Event().wait()
+
+
+def wait_long(arguments: Mapping[str, Any], worker: Worker) -> dict[str, Any]:
+    """All ranks wait for the first, who comes late."""
+    if worker.rank == 0:
+        time.sleep(arguments["seconds"])
+    return {"met": int(worker.all_reduce(torch.ones(())))}

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from cluster import launch as launch_module
 from cluster.failures import MAX_ERRORS
 from cluster.launch import launch
 from cluster.nodes import ray_connection
@@ -82,6 +83,15 @@ def test_what_fails_again_and_again_is_given_up(home: Home, cluster: None, tmp_p
         launched(home, "fail", {"tries": str(tmp_path)}, said)
     assert len(list(tmp_path.iterdir())) == 2 * (MAX_ERRORS + 1)
     assert len(said) == MAX_ERRORS
+
+
+@pytest.mark.campaign
+def test_a_rank_that_waits_for_its_bucket_is_waited_for(
+    home: Home, cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch would give up after the seconds in which a group has to form."""
+    monkeypatch.setattr(launch_module, "FORMING_SECONDS", 10)
+    assert launched(home, "wait_long", {"seconds": 15}, []) == {"met": 2}
 
 
 def test_a_killed_worker_is_replaced_and_no_image_is_lost(home: Home, cluster: None) -> None:

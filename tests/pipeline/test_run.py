@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from mlflow import MlflowClient
 
 from pipeline import config_file, run, run_folder
 from pipeline.data import shards
 from pipeline.data.index import ShardError, load_index
 from pipeline.errors import InputError
-from pipeline.models.export import RegistryError
-from pipeline.models.registry import Registry
+from pipeline.models.export import RegistryError, load_directory
+from pipeline.models.registry import Registry, load
 from pipeline.run_folder import RunError
 from pipeline.training.checkpoint import checkpoints, images_saved
 from pipeline.training.tracking import RunTracker, TrackingError
@@ -187,6 +188,23 @@ def test_a_parent_is_what_it_was_when_the_run_began(home: Home, finished: dict[s
     # The same command continues, and so does one without it.
     assert home.begin("pinned", parent=best).initial_model == record.initial_model
     assert home.begin("pinned").initial_model == record.initial_model
+
+
+def test_weights_of_a_start_that_was_broken_off_are_not_those_of_the_next(
+    home: Home, finished: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = home.train("other-weights", "train.seed=5", "train.total_images=8")["result"]["model"]
+
+    def interrupted(*arguments: Any, **more: Any) -> str:
+        raise CrashError
+
+    with monkeypatch.context() as patch, pytest.raises(CrashError):
+        patch.setattr(run, "create_run", interrupted)
+        home.begin("begun-twice", parent=finished["result"]["model"])
+    home.begin("begun-twice", parent=other)
+    kept = load_directory(f"{home.run_url('begun-twice')}/initial").model.state_dict()
+    wanted = load(other, home.tracking).model.state_dict()
+    assert [name for name in wanted if not torch.equal(wanted[name], kept[name])] == []
 
 
 # -- what MLflow is told ----------------------------------------------------------------

@@ -106,6 +106,17 @@ def test_weights_come_back_from_before_the_onset_and_images_go_on(rolled_back: L
     assert rolled_back.last.record["updates"] == 4 + 2
 
 
+def test_weights_of_another_batch_size_come_back_without_its_losses(home: Home, tmp_path: Path) -> None:
+    """Of larger batches they scatter less: what is healthy now would lie beyond their limits."""
+    large = Launches(home, tmp_path, *OFTEN)
+    assert large.launch({12: stop}) == "stopped"
+    assert len(large.last.record["condition"]["losses"]) == 4
+    small = Launches(home, tmp_path, "train.batch_size=2", "cadence.checkpoint_images=1000")
+    assert small.launch(dict.fromkeys(range(20, 30, 2), break_image)) == "finished"
+    assert small.done[-1] == ("roll_back", 30, 16)
+    assert len(small.last.record["condition"]["losses"]) == (48 - 30) // 2
+
+
 @pytest.mark.parametrize("where", [pytest.param(20, marks=pytest.mark.campaign), 28])
 def test_a_run_stopped_amid_an_episode_goes_on_as_if_it_had_not_been(
     home: Home, tmp_path: Path, rolled_back: Launches, where: int
