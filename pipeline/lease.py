@@ -8,9 +8,10 @@ file that is written and read back, where the slower writer overtakes the reader
 
 A claim that nobody renews expires. One whose process is gone from this very machine counts for
 nothing at once, so that a killed run can be started again immediately. Of one of another machine,
-whose process may be alive or may have died with it a moment ago, a new launch waits to see:
-renewed, it turns the launch away within seconds; not renewed, it expires. So is one that cannot be
-read: whoever lives behind it writes it anew.
+or of another container of this one, whose process may be alive or may have died a moment ago, a new
+launch waits to see: renewed, it turns the launch away within seconds; not renewed, it expires. That
+takes a few renewals' time even if it looks expired, for the other machine's clock may be behind.
+So is one that cannot be read: whoever lives behind it writes it anew.
 """
 
 import json
@@ -21,7 +22,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,7 +32,11 @@ from pipeline.errors import InputError
 
 LEASE_SECONDS = 60.0
 RENEW_SECONDS = 10.0
+WATCHED_RENEWALS = 3
+"""How many a claim that looks expired is given to show that it is not."""
 LOOK_SECONDS = 1.0
+ANCIENT_SECONDS = 3600.0
+"""Age of a claim that is of the dead whatever its owner's clock."""
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +65,11 @@ class _Claim:
             return _started(self.pid) == self.started != ""
         return time.time() - self.renewed < LEASE_SECONDS
 
+    @property
+    def is_doubtful(self) -> bool:
+        """Whether only the next renewal can tell if its process is alive."""
+        return not self.is_of_this_machine and time.time() - self.renewed < ANCIENT_SECONDS
+
     def __str__(self) -> str:
         return f"{self.host}, process {self.pid}"
 
@@ -71,7 +81,7 @@ class _DamagedClaim:
     owner: str
     url: str
 
-    is_of_this_machine = False
+    is_doubtful = True
 
     def is_alive(self) -> bool:
         return True
@@ -94,17 +104,16 @@ def held(url: str, say: Callable[[str], None] = logger.warning) -> Iterator[None
     Whether a claim of another machine is that of a living process is waited for, for at most
     LEASE_SECONDS, with a line to `say`.
     """
-    _await_the_dead(url, say)
-    _refuse_another(url, "")
-    for claim in _claims(url):
-        if not claim.is_alive():
-            storage.delete(_claim_url(url, claim.owner))
+    dead = _await_the_dead(url, say)
+    _refuse_another(url, dead)
+    for claim in dead:
+        storage.delete(_claim_url(url, claim.owner))
     owner = uuid.uuid4().hex
     _write(url, owner)
     done = threading.Event()
     renewal = threading.Thread(target=_renew, args=(url, owner, done), name="lease", daemon=True)
     try:
-        _refuse_another(url, owner)
+        _refuse_another(url, dead, owner)
         renewal.start()
         yield
     finally:
@@ -118,30 +127,32 @@ def held(url: str, say: Callable[[str], None] = logger.warning) -> Iterator[None
             logger.warning("the lease of %s could not be given back: %s", url, error)
 
 
-def _await_the_dead(url: str, say: Callable[[str], None]) -> None:
-    """Wait until the claims of other machines are expired, or one of them was renewed."""
+def _await_the_dead(url: str, say: Callable[[str], None]) -> list[_Claim | _DamagedClaim]:
+    """The claims that nobody lives behind, as they are now; whoever does changes his.
 
-    def doubtful() -> dict[str, _Claim | _DamagedClaim]:
-        return {c.owner: c for c in _claims(url) if c.is_alive() and not c.is_of_this_machine}
-
-    first = doubtful()
-    # By this machine's clock alone: that of another may be ahead.
-    limit = time.monotonic() + LEASE_SECONDS
-    for claim in first.values():
-        say(f"{url} was being run by {claim} a moment ago; waiting to see whether it still is ...")
-    while time.monotonic() < limit:
-        found = doubtful()
-        if all(found.get(owner) != claim for owner, claim in first.items()):
-            return  # Renewed, expired or given back: what is alive now is alive.
+    Returns when a doubtful one was renewed, or none is left that may still be.
+    """
+    first = _claims(url)
+    watched = {claim.owner: claim for claim in first if claim.is_doubtful}
+    # By this machine's clock alone: that of another may be ahead, or behind.
+    began = time.monotonic()
+    for claim in watched.values():
+        say(f"{url} was being run by {claim}; waiting to see whether it still is ...")
+    while watched and (waited := time.monotonic() - began) < LEASE_SECONDS:
+        expired = not any(claim.is_alive() for claim in watched.values())
+        if expired and waited > WATCHED_RENEWALS * RENEW_SECONDS:
+            break
         time.sleep(LOOK_SECONDS)
-    for owner in first:
-        if doubtful().get(owner) == first[owner]:
-            storage.delete(_claim_url(url, owner))
+        found = {claim.owner: claim for claim in _claims(url)}
+        watched = {owner: claim for owner, claim in watched.items() if owner in found}
+        if any(found[owner] != claim for owner, claim in watched.items()):
+            break
+    return [claim for claim in first if claim.is_doubtful or not claim.is_alive()]
 
 
-def _refuse_another(url: str, owner: str) -> None:
+def _refuse_another(url: str, dead: Sequence[_Claim | _DamagedClaim], owner: str = "") -> None:
     for claim in _claims(url):
-        if claim.owner != owner and claim.is_alive():
+        if claim.owner != owner and claim not in dead:
             raise LeaseError(
                 f"{url} is already being run by {claim}. Wait for it, stop it with `nvae runs stop`, "
                 "or give the new run another --name."
@@ -192,9 +203,14 @@ def _write(url: str, owner: str) -> None:
 
 
 def _boot_id() -> str:
-    """Identifies this machine since its last start; empty where the system does not tell."""
-    path = Path("/proc/sys/kernel/random/boot_id")
-    return path.read_text().strip() if path.exists() else ""
+    """Identifies this machine since its last start, and the container whose process numbers we see.
+
+    It is empty where the system does not tell.
+    """
+    boot, processes = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
+    if not boot.exists():
+        return ""
+    return boot.read_text().strip() + (f" {processes.readlink()}" if processes.is_symlink() else "")
 
 
 def _started(pid: int) -> str:

@@ -33,26 +33,32 @@ class Patience:
 
     def __init__(self, worker: Worker, tracking_uri: str) -> None:
         self._worker, self._tracking_uri = worker, tracking_uri
-        self._began, self._failures = time.monotonic(), 0
+        self._failures, self._failing_since = 0, 0.0
 
     def ask(self, request: Callable[[], Answer]) -> Answer:
         """The answer to `request`, which is made again while it raises UnreachableError.
 
-        Raises NotRegisteredError after PATIENCE_SECONDS, or at once for any other RegistryError;
-        StoppedError if the run is asked to stop meanwhile.
+        Raises NotRegisteredError after PATIENCE_SECONDS of nothing but failures, or at once for any
+        other RegistryError; StoppedError if the run is asked to stop meanwhile.
         """
         while True:
             self._worker.alive()
             try:
-                return request()
+                answer = request()
             except UnreachableError as error:
+                if not self._failures:
+                    # Not before: evaluating and uploading, for hours perhaps, are no waiting.
+                    self._failing_since = time.monotonic()
                 self._failures += 1
                 self._wait(error)
             except RegistryError as error:
                 raise NotRegisteredError(str(error)) from error
+            else:
+                self._failures = 0
+                return answer
 
     def _wait(self, error: UnreachableError) -> None:
-        if time.monotonic() - self._began > PATIENCE_SECONDS:
+        if time.monotonic() - self._failing_since > PATIENCE_SECONDS:
             raise NotRegisteredError(str(error)) from error
         # A single failure may be a connection that went stale.
         if self._failures == 2:

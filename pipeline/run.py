@@ -202,6 +202,8 @@ def work(arguments: Mapping[str, Any], worker: Worker) -> dict[str, Any]:
         try:
             # With the attempt claimed: a launch before, should it live, deletes nothing meanwhile.
             resume = agreed(partial(newest, spec.url), spec.url, worker)
+            if checkpoints is not None and resume is not None:
+                checkpoints.continue_from(resume)
             return _work(training, spec, resume)
         except BaseException:
             tracker.status("FAILED")

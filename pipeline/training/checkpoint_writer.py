@@ -28,6 +28,7 @@ from pipeline.training.checkpoint import (
     BEST_METRIC,
     FORMAT,
     FORMAT_VERSION,
+    Checkpoint,
     CheckpointError,
     Directory,
     Wanted,
@@ -117,6 +118,8 @@ class CheckpointWriter:
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._in_flight: Future[None] | None = None
         self._failure: Exception | None = None
+        self._coming = math.inf
+        """Value of the best metric of the newest save, unless that failed."""
         self._last_saved: int | None = None
         self._swept = False
         self._host = HostCopy()
@@ -130,8 +133,20 @@ class CheckpointWriter:
 
     @property
     def best_value(self) -> float:
-        """Lowest value of the best metric among the checkpoints there are; inf without any."""
-        return min((value for value in self._values.values() if value is not None), default=math.inf)
+        """Lowest value of the best metric of the checkpoints there are or being written; inf without any."""
+        # The save that is under way may note another meanwhile: a copy.
+        values = tuple(self._values.values())
+        return min(self._coming, *(value for value in values if value is not None), math.inf)
+
+    def continue_from(self, checkpoint: Checkpoint) -> None:
+        """Says from which checkpoint this attempt goes on, before its first save.
+
+        Those that are newer were found to be damaged: they count for nothing, and stay for the user
+        to judge.
+        """
+        resumed = Directory(checkpoint.attempt, checkpoint.images_seen, checkpoint.url)
+        for directory in [each for each in self._values if each > resumed]:
+            del self._values[directory]
 
     def save(
         self,
@@ -180,6 +195,8 @@ class CheckpointWriter:
             "sound": sound,
         }
         self._last_saved = images_seen
+        value = fields["metrics"].get(self._best_metric)
+        self._coming = math.inf if value is None else value
         self._in_flight = self._executor.submit(self._write, fields, Wanted(None, True, left_behind))
         self.delay_seconds += time.monotonic() - began
 
@@ -241,6 +258,7 @@ class CheckpointWriter:
         except Exception as error:
             # Whatever it is, it must not end a training whose older checkpoints are intact.
             self._failure = error
+            self._coming = math.inf
             self._last_saved = None
             self.failed += 1
             logger.warning("checkpoint %s was not written, the older ones are kept: %s", name, error)

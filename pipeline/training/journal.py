@@ -8,9 +8,11 @@ damaged one is still read. Its time is fixed when it is noted, so that sending i
 MLflow stores it once. On a local store the segments are written in place, and forced to
 the disk every few seconds. On any other they are written to a private folder of this
 machine and copied every few seconds, whole, because objects cannot grow; segments are short
-to keep that cheap. `durable` lines are those that outlive this machine: only they are
-delivered, since a line that MLflow has and the store has not would be noted again, at
-another time, by a successor. While a disk is full, lines wait in memory.
+to keep that cheap. There pictures and files are deleted when they are copied, the folder when
+all is, or by a later journal once whoever made it was killed. `durable` lines are those that
+outlive this machine: only they are delivered, since a line that MLflow has and the store has
+not would be noted again, at another time, by a successor. While a disk is full, lines wait in
+memory.
 
 A line of a hundred metrics takes 5 KB. A week at one line a minute is 50 MB, and nothing
 is ever deleted before the run is.
@@ -24,8 +26,6 @@ import logging
 import math
 import os
 import re
-import shutil
-import tempfile
 import threading
 import time
 import zlib
@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from pipeline import storage
+from pipeline.training.private_folder import PrivateFolder
 
 Kind = Literal["metrics", "artifact", "tag", "status"]
 
@@ -160,8 +161,11 @@ class Journal(StoredJournal):
         taken = (number for other, number in map(_order, super().segments()) if other == attempt)
         self._attempt, self._number = attempt, 1 + max(taken, default=-1)
         self._in_place = storage.is_local(self.run_url)
-        # mkdtemp makes a folder that nobody but this user can enter.
-        self._folder = Path(self.run_url if self._in_place else tempfile.mkdtemp(prefix="nvae-journal-"))
+        if self._in_place:
+            self._folder = Path(self.run_url)
+        else:
+            self._private = PrivateFolder("nvae-journal-")
+            self._folder = self._private.path
         (self._folder / "journal").mkdir(parents=True, exist_ok=True)
         self._lock, self._copy_lock = threading.Lock(), threading.Lock()
         self._file: BinaryIO | None = None
@@ -200,13 +204,14 @@ class Journal(StoredJournal):
         storage.check_relative(path)
         target = self._folder / path
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(data)
+            # At once: else the copy of an earlier file of this name would delete it.
+            with self._lock:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(data)
+                self._new_files.append(path)
         except OSError as error:
             self._warn(f"{path} cannot be written beside the journal: {error}")
             return False
-        with self._lock:
-            self._new_files.append(path)
         return True
 
     def sync(self) -> bool:
@@ -236,8 +241,10 @@ class Journal(StoredJournal):
             return file.read(durable)
 
     def read_file(self, path: str) -> bytes:
-        local = self._folder / path
-        return local.read_bytes() if local.exists() else super().read_file(path)
+        try:
+            return (self._folder / path).read_bytes()
+        except FileNotFoundError:
+            return super().read_file(path)
 
     def close(self) -> None:
         """Copies what is missing and removes this machine's copy if nothing is missing any more."""
@@ -251,9 +258,8 @@ class Journal(StoredJournal):
             logger.error("%d lines of the journal of %s are lost", len(self._waiting), self.run_url)
         if self._in_place:
             return
-        if complete:
-            shutil.rmtree(self._folder, ignore_errors=True)
-        else:
+        self._private.leave(keep=not complete)
+        if not complete:
             logger.warning("the end of the journal of %s is in %s only", self.run_url, self._folder)
 
     def _write_waiting(self) -> None:
@@ -308,6 +314,9 @@ class Journal(StoredJournal):
                 logger.warning("%s was deleted before it was copied", path)
             with self._lock:
                 self._new_files.remove(path)
+                # Unless it was attached anew.
+                if not self._in_place and path not in self._new_files:
+                    (self._folder / path).unlink(missing_ok=True)
         for name, length in segments.items():
             if self._durable.get(name, 0) < length:
                 self._persist(f"journal/{name}", length)

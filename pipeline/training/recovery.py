@@ -18,6 +18,7 @@ from pipeline.training.checkpoint import (
     Checkpoint,
     CheckpointError,
     Wanted,
+    checkpoints,
     checkpoints_url,
     newest,
     open_attempt,
@@ -81,8 +82,8 @@ def roll_back(training: Training, state: TrainState, onset: int) -> int:
     """Put back the weights from before `onset`; returns images seen at their checkpoint, or 0.
 
     An update is first suspicious when its weights have gone wrong already, so that a checkpoint
-    at `onset` itself will not do. The initial weights come back only if there has never been one
-    from before. Raises DivergedError if there is and it is damaged.
+    at `onset` itself will not do while there is another. The initial weights come back only if there
+    is none at all of trained weights. Raises DivergedError if what would do is damaged.
     """
     # Gigabytes are read: not what an update takes.
     training.worker.mark("checkpoint", state.images_seen)
@@ -92,7 +93,7 @@ def roll_back(training: Training, state: TrainState, onset: int) -> int:
     if url is not None:
         try:
             wanted = before(onset, state.interventions)
-            checkpoint = agreed(lambda: newest(url, wanted), url, training.worker)
+            checkpoint = agreed(lambda: target(url, wanted), url, training.worker)
         except CheckpointError as error:
             raise DivergedError(
                 f"the weights are in trouble since {onset:,} images and cannot go back to before: {error}",
@@ -105,6 +106,25 @@ def roll_back(training: Training, state: TrainState, onset: int) -> int:
     # Until every rank has read it, none saves another, which may push it out.
     training.worker.barrier()
     return 0 if checkpoint is None else checkpoint.images_seen
+
+
+def target(run_url: str, wanted: Wanted) -> Checkpoint | None:
+    """The newest wanted checkpoint; None if the run has to begin anew. Raises CheckpointError.
+
+    Those from before the trouble may have been deleted. The oldest sound one of trained weights is
+    then worth a try: the whole training is not thrown away unasked, and if it is bad as well, the
+    ladder ends with the run given up.
+    """
+    found = newest(run_url, wanted)
+    if found is not None:
+        return found
+    whenever = replace(wanted, at_most=None)
+    trained = [
+        each.images_seen
+        for each in checkpoints(run_url)
+        if each.record["updates"] and whenever.takes(each.images_seen, sound=each.sound)
+    ]
+    return newest(run_url, replace(wanted, at_most=min(trained))) if trained else None
 
 
 def before(onset: int, interventions: Sequence[Intervention] = ()) -> Wanted:

@@ -19,6 +19,7 @@ from contextlib import closing
 from dataclasses import replace
 from typing import Literal
 
+import torch
 from torch import nn
 
 from nvae.health import Reading
@@ -240,6 +241,8 @@ def look_and_save(
     if not finite:
         suspect(training, state)
     bits = found.get(BEST_METRIC, math.inf) if finite else math.inf
+    if bits < math.inf:
+        state.best = best_saved(training, state)
     urgent = urgent or stopping or cadence.at_the_end or (calm and bits < state.best)
     if urgent or (calm and state.checkpoint_due):
         training.worker.mark("checkpoint", state.images_seen)
@@ -247,6 +250,18 @@ def look_and_save(
         state.checkpoint_due = False
         save(training, state, found, sound=calm and finite, may_be_left_out=not urgent)
     return "stopped" if stopping else None
+
+
+def best_saved(training: Training, state: TrainState) -> float:
+    """Lowest bits/dim of a checkpoint that is in the store or on its way there. Collective.
+
+    A better one that did not get there is none to be measured against: nobody could register it.
+    """
+    worker, writer = training.worker, training.checkpoints
+    best = 0.0
+    if worker.rank == 0:
+        best = state.best if writer is None else writer.best_value
+    return float(worker.all_reduce(torch.tensor(best, dtype=torch.float64, device=worker.device)))
 
 
 def suspect(training: Training, state: TrainState) -> None:

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import textwrap
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -117,6 +118,7 @@ def test_a_run_whose_machine_died_is_taken_over_when_its_claim_expires(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lease, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(lease, "RENEW_SECONDS", 0.01)
     of_another_machine(tmp_path, lease.LEASE_SECONDS - 0.3)
     said: list[str] = []
     with lease.held(str(tmp_path), said.append):
@@ -148,6 +150,45 @@ def test_a_run_that_lives_elsewhere_turns_a_launch_away_as_soon_as_it_is_renewed
     with pytest.raises(LeaseError, match="elsewhere, process"), lease.held(str(tmp_path), renew):
         pass
     assert claim_files(tmp_path) == [file]
+
+
+def test_a_run_whose_clock_is_behind_turns_a_launch_away_as_soon_as_it_is_renewed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "LOOK_SECONDS", 0.01)
+    file = of_another_machine(tmp_path, 5 * lease.LEASE_SECONDS)
+
+    def renew(line: str) -> None:
+        claim = json.loads(file.read_text())
+        file.write_text(json.dumps(claim | {"renewed": claim["renewed"] + 5}))
+
+    with pytest.raises(LeaseError, match="elsewhere, process"), lease.held(str(tmp_path), renew):
+        pass
+    assert claim_files(tmp_path) == [file]
+
+
+@pytest.mark.parametrize(("leases_ago", "waits"), [(5, True), (100, False)])
+def test_a_claim_that_expired_is_watched_for_some_renewals_unless_it_is_ancient(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, leases_ago: float, waits: bool
+) -> None:
+    monkeypatch.setattr(lease, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(lease, "RENEW_SECONDS", 0.05)
+    file = of_another_machine(tmp_path, leases_ago * lease.LEASE_SECONDS)
+    said: list[str] = []
+    began = time.monotonic()
+    with lease.held(str(tmp_path), said.append):
+        assert (time.monotonic() - began > 2 * lease.RENEW_SECONDS, len(said)) == (waits, int(waits))
+        assert not file.exists()
+
+
+@pytest.mark.skipif(not Path("/proc/self/ns/pid").is_symlink(), reason="the system has no PID namespaces")
+def test_the_process_of_another_container_is_not_looked_for_among_our_own(tmp_path: Path) -> None:
+    with lease.held(str(tmp_path)):
+        (file,) = claim_files(tmp_path)
+        claim = json.loads(file.read_text())
+        boot = claim["boot"].replace(str(Path("/proc/self/ns/pid").readlink()), "pid:[1]")
+        file.write_text(json.dumps(claim | {"boot": boot, "started": "1"}))
+        assert lease.holder(str(tmp_path)) is not None
 
 
 DAMAGED = {

@@ -12,12 +12,13 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
-from pipeline import config_file, run, run_folder
+from pipeline import config_file, registration, run, run_folder
 from pipeline.data import shards
 from pipeline.data.index import ShardError, load_index
 from pipeline.errors import InputError
 from pipeline.models.export import RegistryError, load_directory
-from pipeline.models.registry import Registry, load
+from pipeline.models.registry import Registry, UnreachableError, load
+from pipeline.registration import PATIENCE_SECONDS, NotRegisteredError, Patience
 from pipeline.run_folder import RunError
 from pipeline.training.checkpoint import checkpoints, images_saved
 from pipeline.training.tracking import RunTracker, TrackingError
@@ -344,3 +345,42 @@ def test_a_run_that_waits_for_mlflow_can_be_stopped_and_registered_later(
     end = run.work(vars(spec), worker)
     assert asked.is_set()
     assert end == {"state": "stopped", "reason": ""}
+
+
+class Clock:
+    """Stands in for `time`; waiting takes no time at all."""
+
+    now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def test_patience_with_mlflow_begins_at_the_first_failure_in_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(registration, "time", clock)
+    patience = Patience(LocalWorker(), "http://127.0.0.1:1")
+
+    def mlflow(*answers: str) -> Callable[[], str]:
+        left = iter(answers)
+
+        def answer() -> str:
+            found = next(left, "away")
+            if found == "away":
+                raise UnreachableError(found)
+            return found
+
+        return answer
+
+    for _ in range(2):
+        # The model is evaluated and uploaded before anything is asked.
+        clock.now += 2 * PATIENCE_SECONDS
+        assert patience.ask(mlflow("away", "there")) == "there"
+    clock.now += 2 * PATIENCE_SECONDS
+    began = clock.now
+    with pytest.raises(NotRegisteredError, match="away"):
+        patience.ask(mlflow())
+    assert PATIENCE_SECONDS < clock.now - began < PATIENCE_SECONDS + 31

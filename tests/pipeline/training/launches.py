@@ -41,11 +41,11 @@ class Launches:
     def launch(self, injections: Mapping[Any, Injection] | None = None) -> str:
         writer = CheckpointWriter(self.url, claim_attempt(self.url), self.config.checkpoint.keep)
         worker = _Patient(writer, injections or {})
-        data = load_index(self.config.data.root)
+        data, resume = load_index(self.config.data.root), newest(self.url)
+        if resume is not None:
+            writer.continue_from(resume)
         try:
-            return train(
-                Training(self.config, data, worker, NullTracker(), writer, self.url), newest(self.url)
-            )
+            return train(Training(self.config, data, worker, NullTracker(), writer, self.url), resume)
         finally:
             writer.wait()
             self.lines += worker.lines

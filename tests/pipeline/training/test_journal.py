@@ -6,6 +6,7 @@ import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -241,6 +242,56 @@ def test_a_remote_store_gets_the_notes_by_itself(s3: str) -> None:
         time.sleep(0.05)
     assert values(run) == [1.0]
     journal.close()
+
+
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder for temporary files, of processes too that are started here."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setenv("TMPDIR", str(folder))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    return folder
+
+
+def test_a_picture_is_on_this_machine_only_until_the_remote_store_has_it(s3: str, temporary: Path) -> None:
+    journal = Journal(storage.join(s3, f"runs/pictures-{os.getpid()}"), 1, copy_seconds=60)
+    for content in (b"one", b"two"):
+        assert journal.attach("pictures/x.png", content)
+        assert journal.sync()
+        assert list(temporary.rglob("*.png")) == []
+        assert journal.read_file("pictures/x.png") == content
+    # A name that is used twice before it is copied.
+    for content in (b"three", b"four"):
+        assert journal.attach("pictures/x.png", content)
+    journal.close()
+    assert journal.read_file("pictures/x.png") == b"four"
+    assert list(temporary.iterdir()) == []
+
+
+def test_a_later_journal_removes_the_folder_of_a_killed_one_and_of_no_other(
+    s3: str, temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = storage.join(s3, f"runs/swept-{os.getpid()}")
+    living = Journal(run, 1, copy_seconds=60)
+    (of_the_living,) = temporary.iterdir()
+    died = subprocess.run([sys.executable, "-c", KILLED, run, "1"], timeout=60)
+    assert died.returncode == -signal.SIGKILL
+    assert len(list(temporary.iterdir())) == 2
+    not_of_a_journal = temporary / "nvae-journal-notes"
+    not_of_a_journal.mkdir()
+    later = Journal(run, 2, copy_seconds=60)
+    assert {of_the_living, not_of_a_journal} < {*temporary.iterdir()}
+    assert len(list(temporary.iterdir())) == 3
+    living.close()
+    later.note("metrics", at=1, values={"x": 1.0})
+    with monkeypatch.context() as patch:
+        patch.setattr(later, "run_url", f"{__file__}/is no folder")
+        later.close()
+    Journal(run, 3).close()
+    # What could not be copied is the user's.
+    (kept,) = [each for each in temporary.iterdir() if each != not_of_a_journal]
+    assert list(kept.glob("journal/*.jsonl")) != []
 
 
 def test_lines_are_json_for_every_reader(run: str) -> None:

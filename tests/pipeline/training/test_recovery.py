@@ -1,6 +1,7 @@
 """Divergence in real, tiny runs: what is skipped, where weights go back to, when it is given up."""
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Mapping
 from functools import partial
@@ -186,6 +187,19 @@ def test_trouble_before_the_first_checkpoint_begins_anew(home: Home, tmp_path: P
         assert all(torch.equal(tensor, expected[name]) for name, tensor in again.load(file).items())
     assert again.load("optimizer") == {}
     assert again.record["updates"] == 0
+
+
+def test_a_training_is_not_begun_anew_while_there_is_a_sound_checkpoint_of_it(
+    home: Home, tmp_path: Path
+) -> None:
+    run = Launches(home, tmp_path, *OFTEN)
+    assert run.launch({16: stop}) == "stopped"
+    for older in (4, 8, 12, 16):
+        shutil.rmtree(tmp_path / f"checkpoints/{older:012d}-001")
+    # The only one left is of the onset itself.
+    assert run.launch(EPISODE) == "finished"
+    assert run.done[-1] == ("roll_back", 40, 20)
+    assert run.last.record["updates"] == 5 + 2
 
 
 def test_what_follows_a_rollback_has_other_noise_and_what_softens_gentler_coefficients(home: Home) -> None:

@@ -28,6 +28,10 @@ class Modelled:
 
     def launch(self) -> None:
         self.writer = CheckpointWriter(self.url, claim_attempt(self.url), self.keep)
+        resume = newest(self.url)
+        if resume is not None:
+            self.writer.continue_from(resume)
+            self.images_seen = resume.images_seen
 
     def save(self, *, sound: bool = True) -> None:
         self.writer.save(
@@ -107,3 +111,23 @@ def test_damage_before_the_trouble_is_no_reason_to_begin_anew_nor_to_delete_anyt
     found = newest(run.url)
     assert found is not None
     assert found.images_seen == 12
+
+
+def test_a_checkpoint_that_the_resume_found_damaged_pushes_out_none_that_a_rollback_needs(
+    tmp_path: Path,
+) -> None:
+    run = Modelled(tmp_path, keep=2)
+    for _ in range(3):
+        run.train()
+    damaged = tmp_path / "checkpoints" / "000000000012-001"
+    (damaged / "model.safetensors").write_bytes(b"")
+    run.launch()
+    assert run.images_seen == 8
+    run.train()
+    # The trouble begins at once: at 12 images, whose own checkpoint will not do.
+    found = newest(run.url, before(12))
+    assert found is not None
+    assert (found.images_seen, found.attempt) == (8, 1)
+    run.train()
+    # For the user to judge.
+    assert (damaged / "manifest.json").exists()

@@ -17,11 +17,12 @@ from pipeline.data import shards
 from pipeline.data.index import load_index
 from pipeline.models.export import load_directory
 from pipeline.training.checkpoint import Checkpoint, checkpoints, newest, open_attempt
+from pipeline.training.checkpoint_writer import CheckpointWriter
 from pipeline.training.recovery import DivergedError
 from pipeline.training.selection import candidates
-from pipeline.training.state import Training
+from pipeline.training.state import Training, TrainState
 from pipeline.training.tracking import NullTracker
-from pipeline.training.train import Cadence, train
+from pipeline.training.train import Cadence, look_and_save, train
 from pipeline.training.worker import LocalWorker, Phase
 from tests.injecting import CrashError, Injecting, stop
 from tests.tiny_run import Home, points
@@ -166,6 +167,25 @@ def test_an_evaluation_that_improves_is_saved_at_once(home: Home) -> None:
     """Else the best weights would be those of some later moment."""
     home.train("improved", "cadence.evaluate_images=20", "cadence.checkpoint_images=48", "checkpoint.keep=5")
     assert 20 in {checkpoint.images_seen for checkpoint in checkpoints(home.run_url("improved"))}
+
+
+def test_an_evaluation_whose_checkpoint_was_lost_is_not_the_one_to_beat(home: Home, tmp_path: Path) -> None:
+    url, failures = str(tmp_path), [OSError("no room")]
+
+    def fail_once() -> None:
+        if failures:
+            raise failures.pop()
+
+    config = home.config(f"data.root={home.store}/data/tiny", "cadence.checkpoint_images=1000")
+    worker, writer = LocalWorker(), CheckpointWriter(url, 1, keep=2, before_commit=fail_once)
+    training = Training(config, load_index(config.data.root), worker, NullTracker(), writer, url)
+    state = TrainState.create(config, worker, None, None)
+    for state.images_seen in (4, 8, 12):
+        # The same weights: no evaluation is better than the first.
+        state.evaluation_due = True
+        look_and_save(training, state, Cadence(config.cadence, 1000, state.images_seen))
+        writer.settle()
+    assert [checkpoint.images_seen for checkpoint in checkpoints(url)] == [8]
 
 
 def test_a_run_begins_with_the_weights_it_is_given_though_they_are_gone_meanwhile(home: Home) -> None:
