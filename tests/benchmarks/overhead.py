@@ -53,6 +53,7 @@ UPDATES = {"run": 500, "ray": 200}
 """Of each side in a pair; of `run`, between two checkpoints."""
 BLOCK_UPDATES, WARMUP_UPDATES = 25, 13
 """Before the other takes its turn; not counted, so that a checkpoint falls in the middle of a block."""
+PAIR = "pair: "
 BOUNDS = {"run": 1.03, "ray": 1.025}
 YAML = """
 data: {root: "store:tiny"}
@@ -92,7 +93,8 @@ def interleaved(arguments: Mapping[str, Any], worker: Worker) -> dict[str, Any]:
         for _ in range(WARMUP_UPDATES):
             bare.update()
             yield next(turns)
-        for _ in range(arguments["pairs"] * arguments["updates"] // BLOCK_UPDATES):
+        blocks = arguments["updates"] // BLOCK_UPDATES
+        for block in range(arguments["pairs"] * blocks):
             worker.barrier()
             begun = time.perf_counter()
             for _ in range(BLOCK_UPDATES):
@@ -104,6 +106,8 @@ def interleaved(arguments: Mapping[str, Any], worker: Worker) -> dict[str, Any]:
             worker.barrier()
             seconds["run"].append(then - begun)
             seconds["bare"].append(time.perf_counter() - then)
+            if (block + 1) % blocks == 0:
+                worker.say(pair_line({name: sum(values[-blocks:]) for name, values in seconds.items()}))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "training_batches", in_blocks)
@@ -127,7 +131,7 @@ def compare_run(home: Home, pairs: int, updates: int) -> dict[str, list[float]]:
         {"spec": vars(spec), "pairs": pairs, "updates": updates},
         widths=(WORKERS,),
         run_url=spec.url,
-        say=lambda line: None,
+        say=lambda line: print(line, flush=True) if line.startswith(PAIR) else None,
     )
 
 
@@ -143,6 +147,7 @@ def compare_ray(home: Home, pairs: int, updates: int) -> dict[str, list[float]]:
     for number in range(pairs):
         for name in sorted(ways, reverse=number % 2 == 1):
             seconds[name].append(ways[name]())
+        print(pair_line({name: values[-1] for name, values in seconds.items()}), flush=True)
     return seconds
 
 
@@ -164,6 +169,11 @@ def _by_torchrun(home: Home, arguments: Mapping[str, Any]) -> float:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     subprocess.run(command, check=True, timeout=1800, env=environment, capture_output=True)
     return float(json.loads(answer.read_text())["seconds"])
+
+
+def pair_line(seconds: Mapping[str, float]) -> str:
+    """Of one pair, as soon as it is measured: the whole takes an hour."""
+    return PAIR + ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items())
 
 
 # --- what the pairs say ----------------------------------------------------------------------
