@@ -8,6 +8,7 @@ either, only so many in a row are tried without the run having come any further.
 from collections.abc import Callable
 
 import ray.train
+from ray.exceptions import RayActorError
 from ray.train.v2._internal.exceptions import RayTrainError
 
 from pipeline.errors import FailedError
@@ -20,6 +21,9 @@ MAX_LOSSES = 12
 LONGEST_PAUSE_SECONDS = 120.0
 _OF_OTHERS = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
 """In the text of what a rank raises when it waits for another that is gone."""
+
+START_FAILED = (ray.train.TrainingFailedError, RayActorError)
+"""What a start of workers ends with that failed; the latter if the process that led them is gone."""
 
 
 class RefusedError(Exception):
@@ -40,13 +44,14 @@ class Failures:
         self.last = ""
         """The last one, in a few words."""
         self._progress, self._reached = progress, progress()
-        self._in_a_row = 0
+        self._losses = self._errors = 0
+        """In a row, without the run having come any further."""
 
-    def note(self, error: ray.train.TrainingFailedError, reason: str) -> float:
+    def note(self, error: Exception, reason: str) -> float:
         """Take note of one; returns how many seconds to wait before the next start.
 
-        `reason` is why the workers were ended, if they were. Raises RunError or FailedError if
-        trying again is of no use.
+        `error` is one of START_FAILED; `reason` is why the workers were ended, if they were: not why
+        they were asked to leave. Raises RunError or FailedError if trying again is of no use.
         """
         errors = _worker_errors(error)
         for refused in errors:
@@ -57,18 +62,22 @@ class Failures:
         is_loss = bool(reason) or not own
         self.last = reason or (f"A worker failed ({_in_short(own[0])})" if own else _lost(error))
         reached = self._progress()
-        self._in_a_row = 1 if reached > self._reached else self._in_a_row + 1
+        if reached > self._reached:
+            self._losses = self._errors = 0
         self._reached = reached
-        if self._in_a_row > (MAX_LOSSES if is_loss else MAX_ERRORS):
+        self._losses += is_loss
+        self._errors += not is_loss
+        in_a_row = self._losses + self._errors
+        if self._losses > MAX_LOSSES or self._errors > MAX_ERRORS:
             raise FailedError(
-                f"The workers failed {self._in_a_row} times without coming any further; the last time: "
+                f"The workers failed {in_a_row} times without coming any further; the last time: "
                 f"{self.last}. `nvae -v train ...` shows everything; when the cause is mended, the same "
                 "command continues the run."
             ) from error
-        return min(5.0 * 2 ** (self._in_a_row - 2), LONGEST_PAUSE_SECONDS) if self._in_a_row > 2 else 0.0
+        return min(5.0 * 2 ** (in_a_row - 2), LONGEST_PAUSE_SECONDS) if in_a_row > 2 else 0.0
 
 
-def _worker_errors(error: ray.train.TrainingFailedError) -> list[Exception]:
+def _worker_errors(error: Exception) -> list[Exception]:
     """What the ranks raised, in their order; the error itself if it was none of theirs."""
     failures: dict[int, Exception] = getattr(error, "worker_failures", {})
     return [failures[rank] for rank in sorted(failures)] or [getattr(error, "controller_failure", error)]
@@ -76,10 +85,10 @@ def _worker_errors(error: ray.train.TrainingFailedError) -> list[Exception]:
 
 def _is_loss(error: Exception) -> bool:
     """Whether a rank is gone, or misses another that is."""
-    return isinstance(error, RayTrainError) or any(text in str(error) for text in _OF_OTHERS)
+    return isinstance(error, RayTrainError | RayActorError) or any(text in str(error) for text in _OF_OTHERS)
 
 
-def _lost(error: ray.train.TrainingFailedError) -> str:
+def _lost(error: Exception) -> str:
     """Which ranks are gone."""
     failures: dict[int, Exception] = getattr(error, "worker_failures", {})
     gone = [str(rank) for rank in sorted(failures) if isinstance(failures[rank], RayTrainError)]

@@ -29,7 +29,7 @@ import ray.train
 from ray.train.torch import TorchTrainer
 
 from cluster.board import board
-from cluster.failures import Failures, RefusedError
+from cluster.failures import START_FAILED, Failures, RefusedError
 from cluster.nodes import kind_of_places, ray_connection, wait_for_places
 from cluster.ray_worker import RayWorker, TorchGroup
 from cluster.supervision import Supervisor
@@ -54,17 +54,17 @@ def launch(
     run_url: str,
     say: Callable[[str], None],
     progress: Callable[[], int] = lambda: 0,
-    starting: Callable[[int], None] = lambda workers: None,
+    starting: Callable[[int, str], None] = lambda workers, kind: None,
     limits: Limits | None = None,
 ) -> Answer:
     """Run `entry(arguments, worker)` on as many ranks as can be; returns rank 0's answer.
 
     Connects to the cluster of RAY_ADDRESS, or starts a local Ray. `run_url` is the run's
     folder: a stop request there ends the run in order, Ray's own files go below it. `widths`
-    are the numbers of workers that will do, fewest first; `starting` is told of each start.
-    After the loss of a worker the entry is run again, on the nodes that are left, as long as
-    `progress` grows; so it is when nodes leave or, some minutes after the last
-    start, come back. A group that stands still for longer than the `limits` is ended.
+    are the numbers of workers that will do, fewest first; `starting` is told of each start: how
+    many, and whether on "GPU" or "CPU". After the loss of a worker the entry is run again, on the
+    nodes that are left, as long as `progress` grows; so it is when nodes leave or, some minutes
+    after the last start, come back. A group that stands still for longer than the `limits` is ended.
 
     An entry that is asked to leave answers with `state` "stopped", and does so, too, if it was
     not started. Raises RunError with the message of an InputError that a worker raised,
@@ -77,10 +77,10 @@ def launch(
         def unwanted() -> bool:
             return signals.received or asked()
 
-        kind = kind_of_places()
         failures = Failures(progress)
-        while workers := wait_for_places(widths, kind, say, unwanted):
-            starting(workers)
+        # Asked anew for each start: nodes with GPUs may have come.
+        while workers := wait_for_places(widths, kind := kind_of_places(), say, unwanted):
+            starting(workers, kind)
             start = _Start(entry, dict(arguments), run_url, actor, uuid.uuid4().hex[:12])
             supervisor = Supervisor(actor, start.group, workers, widths, kind, say, unwanted, limits)
             try:
@@ -89,13 +89,15 @@ def launch(
                     return answer
                 reason = supervisor.reason or "A worker was told to end"
                 say(f"{reason}; the run is saved and started again ...")
-            except ray.train.TrainingFailedError as error:
-                pause = failures.note(error, supervisor.reason)
+            except START_FAILED as error:
+                pause = failures.note(error, supervisor.reason_to_end)
                 logger.info("the workers failed", exc_info=error)
+                if unwanted():
+                    return {"state": "stopped", "reason": f"{failures.last}, with nothing saved at the end"}
                 say(f"{failures.last}; starting the workers again ...")
                 _sleep(pause, unwanted)
             finally:
-                storage.delete(_ray_folder(run_url), recursive=True)
+                _clear(_ray_folder(run_url))
     return {"state": "stopped", "reason": ""}
 
 
@@ -127,6 +129,14 @@ def _trainer(start: _Start, workers: int, use_gpu: bool) -> TorchTrainer:
 def _ray_folder(run_url: str) -> str:
     """Ray's own files: the marker by which it sees that all nodes share a storage."""
     return storage.join(run_url, "ray")
+
+
+def _clear(url: str) -> None:
+    """Of no meaning any more, and no reason to lose an answer."""
+    try:
+        storage.delete(url, recursive=True)
+    except storage.StoreError as error:
+        logger.warning("%s could not be deleted: %s", url, error)
 
 
 def _work(sent: dict[str, _Start]) -> Answer:

@@ -46,6 +46,11 @@ class Supervisor:
         self._wish: Wish = "go on"
         self._began = self._looked = time.monotonic()
 
+    @property
+    def reason_to_end(self) -> str:
+        """Why the group was ended, if it was; a group that was only asked to leave may fail of itself."""
+        return self.reason if self._wish == "end" else ""
+
     def watch(self, fit: Callable[[], Any]) -> dict[str, Any]:
         """Call `fit` in a thread and watch until it is over; returns what it returned, or raises."""
         outcome: list[Any] = []

@@ -169,9 +169,10 @@ def _work(plan: Plan, prepared: Prepared, spec: run.RunSpec) -> dict[str, Any]:
             return run.work(asdict(spec), worker)
     from cluster.launch import launch
 
-    def starting(workers: int) -> None:
+    def starting(workers: int, kind: str) -> None:
         run_folder.note_launch(spec.url, workers)
-        say(f"Starting {workers} Ray Train worker{'s' if workers > 1 else ''} ...")
+        plural = "s" if workers > 1 else ""
+        say(f"Starting {workers} Ray Train worker{plural} on {workers} {kind}{plural} ...")
 
     return launch(
         "pipeline.run:work",
@@ -195,7 +196,8 @@ def farewell(plan: Plan, spec: run.RunSpec, end: Mapping[str, Any]) -> str:
             return reason
         return f"{reason}\nIts last good checkpoint, at {saved['images_seen']:,} images, is {saved['model']}."
     if end["state"] == "stopped":
-        return f"Stopped. Run the same command again to continue {spec.name}."
+        reason = f" ({end['reason']})" if end.get("reason") else ""
+        return f"Stopped{reason}. Run the same command again to continue {spec.name}."
     if end["result"]["model"] is None:
         return f"Finished {spec.name}, trained at {images_saved(spec.url):,} images. {end['reason']}"
     result = end["result"]

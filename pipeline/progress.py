@@ -10,6 +10,7 @@ import math
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import TypeVar
 
 from rich.console import Console
@@ -23,8 +24,13 @@ _PLAIN_SECONDS = 10.0
 
 
 def say(message: str) -> None:
-    """One status line, as it is: brackets and long URLs are left alone."""
-    print(message, file=sys.stderr, flush=True)
+    """One status line, as it is: brackets and long URLs are left alone.
+
+    Nobody may be there to read it: Ctrl-C ends the `tee` behind `2>&1 |` first, and a log's disk gets
+    full. That is no reason to end what it tells of.
+    """
+    with suppress(OSError):
+        print(message, file=sys.stderr, flush=True)
 
 
 def track(items: Iterable[Item], description: str, total: int | None = None) -> Iterator[Item]:

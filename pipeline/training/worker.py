@@ -11,6 +11,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any, Protocol, Self
 
@@ -108,7 +109,8 @@ class StopSignals:
         self._restore()
         # Not through logging: the signal may have arrived in the middle of a line being logged.
         name = signal.Signals(number).name
-        os.write(2, f"{name}: stopping after a checkpoint; once more stops at once\n".encode())
+        with suppress(OSError):  # nobody may be left to read it, as behind `| tee`
+            os.write(2, f"{name}: stopping after a checkpoint; once more stops at once\n".encode())
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():

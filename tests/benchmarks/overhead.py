@@ -108,6 +108,8 @@ def interleaved(arguments: Mapping[str, Any], worker: Worker) -> dict[str, Any]:
             seconds["bare"].append(time.perf_counter() - then)
             if (block + 1) % blocks == 0:
                 worker.say(pair_line({name: sum(values[-blocks:]) for name, values in seconds.items()}))
+        # What the end of a run does comes after the last update, here an untimed one.
+        yield next(turns)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "training_batches", in_blocks)
@@ -123,7 +125,7 @@ def _by_pair(seconds: Sequence[float], pairs: int) -> list[float]:
 
 def compare_run(home: Home, pairs: int, updates: int) -> dict[str, list[float]]:
     """Seconds of each pair: `run`, `bare`."""
-    total = WARMUP_UPDATES + pairs * updates
+    total = WARMUP_UPDATES + pairs * updates + 1
     settings = [f"train.total_images={total * BATCH}", f"cadence.checkpoint_images={updates * BATCH}"]
     spec = home.begin("overhead", *settings, workers=WORKERS)
     return launch(

@@ -1,6 +1,7 @@
 """What is tried again, how often, and what the user is told."""
 
 import pytest
+from ray.exceptions import ActorDiedError
 from ray.train import ControllerError, WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError, WorkerHealthCheckFailedError
 
@@ -64,3 +65,19 @@ def test_a_group_that_was_ended_failed_for_that_reason() -> None:
 def test_what_the_user_has_to_mend_is_raised_at_once(is_input: bool, kind: type[Exception]) -> None:
     with pytest.raises(kind, match="the data are gone"):
         Failures(lambda: 0).note(failed(MISSES_IT, RefusedError("the data are gone", is_input)), "")
+
+
+def test_losses_do_not_count_as_errors_of_a_workers_own() -> None:
+    failures = Failures(lambda: 0)
+    for _ in range(MAX_ERRORS):
+        failures.note(failed(MISSES_IT, GONE), "")
+        failures.note(failed(BUG), "")
+    with pytest.raises(FailedError, match="a bug of ours"):
+        failures.note(failed(BUG), "")
+
+
+def test_the_loss_of_the_process_that_leads_the_workers_passes() -> None:
+    failures = Failures(lambda: 0)
+    for _ in range(MAX_LOSSES):
+        failures.note(ActorDiedError(), "")
+    assert failures.last.startswith("Lost a worker (ActorDiedError")

@@ -160,7 +160,7 @@ def test_an_interrupted_command_continues_at_another_width(home: Home) -> None:
     assert training.returncode == 0, err
     assert out == ""
     shown = [*lines, *err.splitlines(keepends=True)]
-    assert shown.pop(0) == "Starting 2 Ray Train workers ...\n"
+    assert shown.pop(0) == "Starting 2 Ray Train workers on 2 CPUs ...\n"
     assert shown.pop() == "Stopped. Run the same command again to continue wide.\n"
     others = [line for line in shown if "of 4,000 images" not in line]
     assert others == [f"{signal.SIGINT.name}: stopping after a checkpoint; once more stops at once\n"]

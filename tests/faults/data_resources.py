@@ -119,13 +119,12 @@ def check_entries(folder: Path, index: Index) -> int:
 
 def killed_writer(folder: Path, seconds: float) -> None:
     """A process that fills the cache with pieces of its own and is killed in the midst of it."""
-    code = "import tests.faults.data_resources as it; it.write_for_ever()"
-    with subprocess.Popen(
-        [sys.executable, "-c", code, str(folder)], cwd=ROOT, stdout=subprocess.PIPE
-    ) as writer:
+    command = [sys.executable, "-m", "tests.faults.cache_writer", str(folder)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as writer:
         assert writer.stdout is not None
-        writer.stdout.read(1)
+        assert writer.stdout.read(1) == b"x"
         time.sleep(seconds)
+        assert writer.poll() is None, "the writer ended by itself"
         writer.kill()
     for path in folder.glob("nvae-pieces/*"):
         if path.name.startswith("foreign") and not path.name.endswith(".partial"):

@@ -69,8 +69,10 @@ def nans(place: Place) -> TrainingRow:
     for images, kind in injections:
         with tally.attempt(f"{kind} at {images} images"):
             _check_answer(images, done)
-    with tally.attempt("the end", count=lambda: 0):
+    history = training.history()
+    with tally.attempt("the end"):
         assert all(torch.isfinite(value).all() for value in weights(training.run_url).values())
+        assert (history.lost, history.repeated) == (0, 0), history
     counts = Counter(each.kind for each in done)
     forgotten = sum(each.images_seen - each.back_to for each in done if each.back_to is not None) // BATCH
     measured = (
@@ -78,7 +80,7 @@ def nans(place: Place) -> TrainingRow:
         f"which forgot {forgotten} updates; nothing else was done, and every weight is finite"
     )
     return TrainingRow(
-        "N1", "nan or inf", tally.tried, tally.survived, measured, tuple(tally.broken), training.history()
+        "N1", "nan or inf", tally.tried, tally.survived, measured, tuple(tally.broken), history
     )
 
 

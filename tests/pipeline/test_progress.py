@@ -1,6 +1,8 @@
 """What a user sees: complete where it is piped, aligned where it is read."""
 
+import os
 import re
+import sys
 
 import pytest
 from rich.console import Console
@@ -119,3 +121,17 @@ def test_the_line_of_an_evaluation_tells_the_bound_apart_from_the_estimate():
 )
 def test_durations_have_two_units_at_most(seconds, text):
     assert duration(seconds) == text
+
+
+def test_nobody_reads_and_the_work_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As behind `2>&1 | tee log`, where Ctrl-C reaches tee, too."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    nowhere = os.fdopen(writer, "w")
+    monkeypatch.setattr(sys, "stderr", nowhere)
+    say("one")
+    say("two")
+    with pytest.raises(BrokenPipeError):
+        nowhere.flush()
+    with pytest.raises(BrokenPipeError):
+        nowhere.close()
