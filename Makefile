@@ -31,9 +31,12 @@ lint: .venv/installed  ## style, types and import contracts alone
 	$(BIN)/lint-imports --no-logo
 
 campaign: .venv/installed .venv-s3/installed  ## everything that takes hours: the long tests and both campaigns of faults
-	$(BIN)/python -m pytest -m campaign
-	$(MAKE) faults
-	$(MAKE) faults-data
+	@trap 'exit 130' INT; failed=; \
+	$(BIN)/python -m pytest -m campaign || failed="$$failed, pytest -m campaign"; \
+	$(MAKE) faults || failed="$$failed, make faults"; \
+	$(MAKE) faults-data || failed="$$failed, make faults-data"; \
+	if [ -n "$$failed" ]; then echo "FAILED: $${failed#, }"; exit 1; fi; \
+	echo "All passed: pytest -m campaign, make faults, make faults-data"
 
 faults: .venv/installed .venv-s3/installed  ## faults of a training, real processes killed: tried, survived, images lost
 	$(BIN)/python -m tests.faults.training $(if $(ONLY),--only $(ONLY)) $(if $(SEED),--seed $(SEED))

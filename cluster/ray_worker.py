@@ -116,7 +116,10 @@ class RayWorker:
 
     @contextmanager
     def reporting(self) -> Iterator[None]:
-        """Meanwhile the board knows of this rank, and its warnings are shown to the user."""
+        """Meanwhile the board knows of this rank, and its warnings are shown to the user.
+
+        The last it hears is that the rank's work is over, if it ended well.
+        """
         done = threading.Event()
 
         def report() -> None:
@@ -130,6 +133,7 @@ class RayWorker:
         thread.start()
         try:
             yield
+            self.pulse.over()
         finally:
             logger.removeHandler(handler)
             done.set()

@@ -19,9 +19,13 @@ from enum import Flag, auto
 
 import torch
 from torch import Tensor, nn
+from torch._utils import _flatten_dense_tensors
 from torch.nn.utils import get_total_norm
 
 from nvae.collectives import sum_over_ranks, world_size
+
+SMALL = 65_536
+"""Values in a tensor that `magnitude` copies."""
 
 
 class Trouble(Flag):
@@ -126,9 +130,28 @@ def agree(
 def magnitude(tensors: Iterable[Tensor]) -> Tensor:
     """The L2 norm of all values: not finite if one is not, or is beyond 1e19 and of no use either.
 
-    On a CPU it takes a third of the time of the sum of absolute values, or of the largest.
+    On a CPU it takes a third of the time of the sum of absolute values, or of the largest. Most
+    tensors of a model are small, and together, in a copy, take half the time of one by one.
     """
-    return get_total_norm([tensor.detach() for tensor in tensors], foreach=True)
+    small: dict[torch.dtype, list[Tensor]] = defaultdict(list)
+    parts: list[Tensor] = []
+    for tensor in tensors:
+        if tensor.numel() <= SMALL:
+            small[tensor.dtype].append(tensor)
+        else:
+            parts.append(tensor)
+    parts += [flatten(together) for together in small.values()]
+    return get_total_norm(parts, foreach=True)
+
+
+def flatten(tensors: Sequence[Tensor]) -> Tensor:
+    """All values of tensors of one type, one after the other, in a copy.
+
+    By the routine with which torch packs gradients: with views made in Python it takes twice as long.
+    """
+    flat: Tensor = _flatten_dense_tensors(tensors)  # type: ignore[no-untyped-call]
+    # Of a single tensor torch makes a view.
+    return flat.clone() if len(tensors) == 1 else flat
 
 
 class Buffers:
@@ -138,10 +161,7 @@ class Buffers:
         self._buffers: dict[torch.dtype, list[Tensor]] = defaultdict(list)
         for buffer in model.buffers():
             self._buffers[buffer.dtype].append(buffer)
-        self._copies = {
-            dtype: torch.cat([buffer.reshape(-1) for buffer in buffers])
-            for dtype, buffers in self._buffers.items()
-        }
+        self._copies = {dtype: flatten(buffers) for dtype, buffers in self._buffers.items()}
 
     @property
     def numbers(self) -> list[Tensor]:

@@ -25,14 +25,14 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.profiler import record_function
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import clip_grads_with_norm_
 from torch.optim import Adamax, Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from nvae import objective
 from nvae.batch_norm import BatchNorm
 from nvae.collectives import backward, sum_over_ranks, world_size
-from nvae.health import Buffers, Limits, Reading, agree
+from nvae.health import Buffers, Limits, Reading, agree, magnitude
 from nvae.layers import shared_weights
 from nvae.model import NVAE
 from nvae.noise import by_group
@@ -151,10 +151,9 @@ def update(
 
     with record_function("step/optimizer"):
         total = _add(done)
-        # Once: walking through a deep model takes milliseconds.
-        parameters = list(network.parameters())
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        gradient_norm = get_total_norm(gradients, foreach=True)
+        # Not from the model: walking through a deep one takes milliseconds.
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        gradient_norm = magnitude(p.grad for p in parameters if p.grad is not None)
         agreement = agree(
             loss=total.loss / global_weight,
             penalties=penalties.loss.detach(),

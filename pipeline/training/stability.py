@@ -26,6 +26,7 @@ that is too low cannot freeze a training (openai/vdvae issue 25).
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from itertools import takewhile
 from statistics import median
 from typing import Any
@@ -221,10 +222,13 @@ class _Scale:
         return self.middle + score * self.deviation
 
 
+# An update asks for each scale several times: before it, and after it.
+@lru_cache(maxsize=2)
 def _loss_scale(condition: Condition) -> _Scale:
     return _Scale.of(condition.losses, lambda middle: _LOSS_FLOOR * abs(middle))
 
 
+@lru_cache(maxsize=2)
 def _norm_scale(condition: Condition) -> _Scale:
     return _Scale.of(condition.log_norms, lambda _: _LOG_NORM_FLOOR)
 

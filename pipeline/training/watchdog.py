@@ -2,9 +2,10 @@
 
 In every update all ranks wait for each other, so that one that hangs makes all of them stand
 still. Each rank therefore marks what it begins, and `judge` compares the marks: the rank that
-is least far is the one. Who compares them is the driver under Ray, which has the marks of all,
-and the process itself without Ray (`watched`). Rejected: each rank judging itself, which ends
-the healthy ones first and cannot tell who is to blame.
+is least far is the one. None is a rank whose work is over: at the end others have more to do, as
+rank 0 has with the registration. Who compares them is the driver under Ray, which has the marks
+of all, and the process itself without Ray (`watched`). Rejected: each rank judging itself, which
+ends the healthy ones first and cannot tell who is to blame.
 
 What a hanging rank is doing is in the stacks of its threads, which are kept in the run's
 folder before it is ended: nothing else makes room for a restart.
@@ -66,6 +67,8 @@ class Mark:
     """Whether it is in a collective, where it waits for others."""
     silent_seconds: float = 0.0
     """Since the rank itself was last heard of."""
+    over: bool = False
+    """Whether its work has ended well: it is not heard of any more, and nobody waits for it."""
 
 
 @dataclass(frozen=True)
@@ -104,21 +107,23 @@ class Limits:
 def judge(marks: Mapping[int, Mark], limits: Limits) -> Stalled | None:
     """The rank that all others wait for, if none of them moves on; `marks` holds every rank's.
 
-    That is one that is not heard of; else one that is not waiting in a collective; among those
-    the one that is least far, and of several as far the one that was alive longest ago.
+    Of those whose work is not over that is one that is not heard of; else one that is not waiting
+    in a collective; among those the one that is least far, and of several as far the one that was
+    alive longest ago.
     """
-    if not marks:
+    working = {rank: mark for rank, mark in marks.items() if not mark.over}
+    if not working:
         return None
 
     def order(rank: int) -> tuple[bool, bool, int, int, float]:
-        mark = marks[rank]
+        mark = working[rank]
         heard = mark.silent_seconds < SILENT_SECONDS
         return heard, mark.waits, mark.images_seen, get_args(Phase).index(mark.phase), -mark.seconds
 
-    slowest = min(marks, key=order)
-    limit = limits.seconds(marks[slowest])
-    if all(mark.seconds > limit for mark in marks.values()):
-        return Stalled(slowest, marks[slowest], marks[slowest].silent_seconds >= SILENT_SECONDS)
+    slowest = min(working, key=order)
+    limit = limits.seconds(working[slowest])
+    if all(mark.seconds > limit for mark in working.values()):
+        return Stalled(slowest, working[slowest], working[slowest].silent_seconds >= SILENT_SECONDS)
     return None
 
 
@@ -134,6 +139,7 @@ class Pulse:
         self._update_began: float | None = None
         self._updates: deque[float] = deque(maxlen=_UPDATES)
         self._retries = store_statistics().retries
+        self._over = False
 
     def mark(self, phase: Phase, images_seen: int) -> None:
         """The rank begins a phase."""
@@ -147,6 +153,10 @@ class Pulse:
     def alive(self) -> None:
         """A part of the phase is done."""
         self._alive = self._clock()
+
+    def over(self) -> None:
+        """The rank has done all that it had to do."""
+        self._over = True
 
     def read(self) -> Mark:
         """Where the rank is now. One thread alone may read."""
@@ -163,6 +173,7 @@ class Pulse:
             self._clock() - self._alive,
             statistics.median(updates) if updates else None,
             in_collective(),
+            over=self._over,
         )
 
 

@@ -115,6 +115,24 @@ class _Sleepy:
             asleep_for_ever()
 
 
+def work_hung_at_the_end_once(arguments: Mapping[str, Any], worker: Worker) -> dict[str, Any]:
+    """A training whose first rank sleeps for ever, once, when it registers the model."""
+    slept = Path(arguments["url"]) / "slept"
+    first = worker.rank == 0
+    return run.work(arguments, _SleepyAtTheEnd(worker, slept) if first and not slept.exists() else worker)
+
+
+class _SleepyAtTheEnd(_Sleepy):
+    """A worker that falls asleep when it is about to ask the registry, which the first alone does."""
+
+    def mark(self, phase: Phase, images_seen: int) -> None:
+        self._worker.mark(phase, images_seen)
+
+    def alive(self) -> None:
+        self._slept.touch()
+        asleep_for_ever()
+
+
 def asleep_for_ever() -> None:
     threading.Event().wait()
 

@@ -6,6 +6,7 @@ later than the first update by up to LOG images.
 
 import os
 import random
+import re
 import signal
 import sys
 import time
@@ -196,25 +197,43 @@ def test_a_worker_that_is_frozen_is_named_and_replaced(home: Home) -> None:
 def test_a_rank_that_sleeps_for_ever_is_named_and_the_run_goes_on(
     home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    said, stacks = hung(home, monkeypatch, "work_hung_once", Limits(stall_seconds=20, stall_steps=1))
+    assert [line for line in said if line.startswith("Ended, for worker 1 hangs at")] != []
+    assert stacks.keys() == {"0", "1"}
+    assert "asleep_for_ever" in stacks["1"]
+    assert "asleep_for_ever" not in stacks["0"]
+
+
+def test_a_first_rank_that_sleeps_when_the_others_have_gone_home_is_named(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The end of a run may take twenty times as long as an update.
+    said, stacks = hung(home, monkeypatch, "work_hung_at_the_end_once", Limits(5, 1))
+    ended = {re.sub(r" at .*", "", line) for line in said if line.startswith("Ended, for ")}
+    assert ended == {"Ended, for worker 0 hangs"}
+    assert stacks.keys() == {"0"}
+    assert "asleep_for_ever" in stacks["0"]
+
+
+def hung(
+    home: Home, monkeypatch: pytest.MonkeyPatch, entry: str, limits: Limits
+) -> tuple[list[str], dict[str, str]]:
+    """The lines of a launch that hangs once and is finished, and the stacks of its ranks."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    spec = home.begin("work_hung_once", "train.total_images=160", workers=2)
+    spec = home.begin(entry, "train.total_images=160", workers=2)
     said: list[str] = []
     with ray_connection(2):
         end = launch(
-            "tests.cluster.entries:work_hung_once",
+            f"tests.cluster.entries:{entry}",
             vars(spec),
             widths=(2,),
             run_url=spec.url,
             say=said.append,
             progress=partial(images_saved, spec.url),
-            limits=Limits(stall_seconds=20, stall_steps=1),
+            limits=limits,
         )
     assert end["state"] == "finished"
-    assert [line for line in said if line.startswith("Ended, for worker 1 hangs at")] != []
-    stacks = {file.name[-5:-4]: file.read_text() for file in Path(spec.url, "files").glob("stacks-*")}
-    assert stacks.keys() == {"0", "1"}
-    assert "asleep_for_ever" in stacks["1"]
-    assert "asleep_for_ever" not in stacks["0"]
+    return said, {file.name[-5:-4]: file.read_text() for file in Path(spec.url, "files").glob("stacks-*")}
 
 
 def test_a_command_that_is_interrupted_twenty_times_starts_at_once_again(home: Home) -> None:

@@ -3,19 +3,19 @@
     python -m tests.faults.tracking_faults --seed 7
 
 Each scenario trains a tiny run to its end. Survived is what MLflow has every point of once
-in the end, with the state that the run is in. The seed chooses when outages begin and end.
+in the end, with the state that the run is in, if the outage is seen to have been one: `faults`
+are the requests that met it, and without any a scenario has failed. The seed chooses when outages
+begin and end.
 """
 
 import argparse
 import multiprocessing
 import os
-import random
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -27,19 +27,11 @@ from mlflow import MlflowClient
 
 from pipeline import registration, run_folder
 from pipeline import run as runs
-from pipeline.data import shards
-from pipeline.training import checkpoint_writer, machine
-from pipeline.training.run_description import status_of
-from pipeline.training.tracking import RunTracker, replay
-from pipeline.training.worker import LocalWorker
-from tests.fault_proxy import Fail, Fault, FaultProxy, Request, Reset, Response, Stall
-from tests.injecting import Injecting
-from tests.mlflow_server import MlflowServer, history, serving
-from tests.tiny_run import IMAGES, YAML, Home, points
-
-LOST_FOR_GOOD = 240.0
-"""Seconds after which what is waited for will not come."""
-Injections = Mapping[int, Callable[[Any], object]]
+from tests.fault_proxy import Fail, Request, Reset, Response
+from tests.faults.tracking_place import LOST_FOR_GOOD, Injections, Place, launch, places
+from tests.faults.tracking_witness import witnessed
+from tests.mlflow_server import history
+from tests.tiny_run import points
 
 
 @dataclass(frozen=True)
@@ -64,6 +56,8 @@ class Counts:
     name: str
     tried: int = 0
     survived: int = 0
+    faults: int = 0
+    """Requests that met the outage."""
     points: int = 0
     lost: int = 0
     doubled: int = 0
@@ -73,69 +67,12 @@ class Counts:
 
     def line(self) -> str:
         return (
-            f"{self.name:34} {self.tried:5} {self.survived:8} {self.points:6} {self.lost:4} {self.doubled:7} "
-            f"{self.slowest_call_ms:10.2f}"
+            f"{self.name:34} {self.tried:5} {self.survived:8} {self.faults:6} {self.points:6} "
+            f"{self.lost:4} {self.doubled:7} {self.slowest_call_ms:10.2f}"
         )
 
 
-HEADING = f"{'outage':34} tried survived points lost doubled slowest_ms"
-
-
-@dataclass
-class Place:
-    """Where scenarios work: a store with a data set, a server, a proxy in front of it."""
-
-    home: Home
-    server: MlflowServer
-    proxy: FaultProxy
-    random: random.Random
-    names: set[tuple[str, int]]
-    """(metric, images seen) of a training that nothing happens to, without what machine and writer say.
-
-    The machine is looked at every few seconds, and saves end when they end: a log line may lack either."""
-
-    def moments(self) -> tuple[int, int]:
-        """Images seen when an outage begins and when it ends."""
-        begin, end = sorted(self.random.sample(range(4, 48, 4), 2))
-        return begin, end
-
-    def train(self, name: str, **injections: Callable[[Any], object]) -> None:
-        """A launch through the proxy. `at_16=f` calls f before the update that begins at 16 images."""
-        at = {int(moment.removeprefix("at_")): action for moment, action in injections.items()}
-        launch(self.home, self.proxy.url, name, at)
-
-    def replay(self, name: str) -> None:
-        url = self.home.run_url(name)
-        record = run_folder.known_record(self.home.store, name)
-        replay(url, self.proxy.url, status_of(record.state))
-
-    def during(self, fault: Fault, name: str) -> None:
-        """A launch with a fault of all answers between two moments; it ends when it was noticed."""
-        begin, end = self.moments()
-        self.train(name, **{f"at_{begin}": lambda _: self.fail(fault), f"at_{end}": lambda _: self.mend()})
-
-    def fail(self, fault: Fault) -> None:
-        self.proxy.add(fault)
-
-    def mend(self) -> None:
-        (rule,) = self.proxy.rules
-        wait_until(lambda: rule.struck > 0)
-        self.proxy.clear()
-
-
-def launch(home: Home, tracking: str, name: str, at: Injections) -> None:
-    """Train to the end in this process, with something done before the updates at so many images."""
-    spec = runs.begin(home.prepare(name, tracking=tracking))
-    with runs.running(spec) as end:
-        run_folder.note_launch(spec.url, 1)
-        end.update(runs.work(vars(spec), Injecting(LocalWorker(), at)))
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + LOST_FOR_GOOD
-    while not condition():
-        assert time.monotonic() < deadline, "it never happened"
-        time.sleep(0.05)
+HEADING = f"{'outage':34} tried survived faults points lost doubled slowest_ms"
 
 
 # -- scenarios --------------------------------------------------------------------------
@@ -175,19 +112,12 @@ def away_for_a_whole_launch(place: Place, name: str) -> None:
 
 
 def killed_and_started_again(place: Place, name: str) -> None:
-    begin, end = place.moments()
-    place.train(
-        name,
-        **{f"at_{begin}": lambda _: place.server.kill(), f"at_{end}": lambda _: place.server.start()},
-    )
+    place.during_fault_of_server(name, place.kill_server, place.start_server)
 
 
 def half_a_minute_for_an_answer(place: Place, name: str) -> None:
     """Four of them: the time limit doubles three times before one comes in time."""
-    begin, _ = place.moments()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RunTracker.close, "__defaults__", (3 * LOST_FOR_GOOD,))
-        place.train(name, **{f"at_{begin}": lambda _: place.proxy.add(Stall(30), times=4)})
+    place.slow_answers(30, 4, name)
 
 
 def too_many_requests(place: Place, name: str) -> None:
@@ -221,13 +151,7 @@ def answers_that_never_arrive(place: Place, name: str) -> None:
 
 
 def full_disk_of_the_server(place: Place, name: str) -> None:
-    begin, end = place.moments()
-
-    def make_room(_: Any) -> None:
-        time.sleep(3)  # Time for the courier to meet it; nothing tells when it has.
-        place.server.allow_files_of(-1)
-
-    place.train(name, **{f"at_{begin}": lambda _: place.server.allow_files_of(4096), f"at_{end}": make_room})
+    place.during_fault_of_server(name, place.fill_disk, place.make_room)
 
 
 def trainings_killed_in_an_outage(place: Place, name: str) -> None:
@@ -312,10 +236,11 @@ def attempt(place: Place, scenario: Callable[[Place, str], None]) -> Counts:
     """One scenario, counted."""
     name = scenario.__name__.replace("_", "-")
     counts = Counts(scenario.__name__.replace("_", " "), tried=1)
-    place.proxy.reset()
-    with timed_calls() as seconds:
+    with witnessed() as witness:
         try:
+            place.begin(witness)
             scenario(place, name)
+            assert place.faults, "not tried: no request met the outage"
             check(place, name, "FINISHED", counts)
             missing = place.names - points(place.home.run_url(name)).keys()
             assert not missing, f"the journal lacks {len(missing)} points"
@@ -323,51 +248,9 @@ def attempt(place: Place, scenario: Callable[[Place, str], None]) -> Counts:
             counts.broken.append(f"{type(error).__name__}: {str(error)[:500]}")
         else:
             counts.survived = 1
-    counts.slowest_call_ms = 1000 * max(seconds, default=0.0)
+    counts.faults = place.faults
+    counts.slowest_call_ms = 1000 * max(witness.call_seconds, default=0.0)
     return counts
-
-
-@contextmanager
-def timed_calls() -> Iterator[list[float]]:
-    """The seconds that each call of a tracker takes, while it is used as ever."""
-    seconds: list[float] = []
-
-    def timed(call: Callable[..., Any]) -> Callable[..., Any]:
-        def measured(*arguments: Any, **options: Any) -> Any:
-            began = time.perf_counter()
-            try:
-                return call(*arguments, **options)
-            finally:
-                seconds.append(time.perf_counter() - began)
-
-        return measured
-
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("log", "picture", "tag", "status"):
-            patch.setattr(RunTracker, name, timed(getattr(RunTracker, name)))
-        yield seconds
-
-
-@contextmanager
-def places(folder: Path, seed: int) -> Iterator[Place]:
-    """A place for any number of scenarios."""
-    home = Home(folder)
-    Path(home.yaml).write_text(YAML)
-    shards.build(f"portraits:{IMAGES}", f"{home.store}/data/tiny", image_size=16, validation_fraction=0.25)
-    with (
-        serving(folder / "mlflow") as server,
-        FaultProxy(server.url, seed) as proxy,
-        pytest.MonkeyPatch.context() as patch,
-    ):
-        patch.chdir(folder)
-        patch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-        place = Place(home, server, proxy, random.Random(seed), set())
-        place.train("undisturbed")
-        noted = points(home.run_url("undisturbed"))
-        # Not those that come when the clock or the background wants it.
-        by_chance = {*machine.NAMES, *checkpoint_writer.NAMES}
-        place.names.update(point for point in noted if point[0] not in by_chance)
-        yield place
 
 
 def run(seed: int, names: Sequence[str] = ()) -> list[Counts]:
@@ -388,11 +271,15 @@ def run(seed: int, names: Sequence[str] = ()) -> list[Counts]:
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", default="", help="scenarios, by their names")
+    known = [scenario.__name__ for scenario in SCENARIOS]
+    parser.add_argument("--only", default=",".join(known), help=f"some of {','.join(known)}")
     asked = parser.parse_args(arguments)
+    names = asked.only.split(",")
+    if unknown := [name for name in names if name not in known]:
+        parser.error(f"no outages {', '.join(unknown)}; there are {', '.join(known)}")
     # For tiny models: on a busy machine several threads wait for each other most of the time.
     torch.set_num_threads(1)
-    outcomes = run(asked.seed, [name for name in asked.only.split(",") if name])
+    outcomes = run(asked.seed, names)
     return int(any(counts.survived < counts.tried for counts in outcomes))
 
 

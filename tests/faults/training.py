@@ -7,10 +7,10 @@ A line says what was injected, how often, and how often the training survived it
 itself (or when the same command was repeated), soon enough, to final weights whose history holds
 every image of the plan once. `recovery` and `worst` are seconds from a fault to the first update
 after it, median and maximum. It ends with 1 if any line has survived less often than tried, and
-says what did not.
+says what did not; and if one that `--only` names could try nothing here, such as `disk` where no
+disk can be mounted. In a campaign of all lines such a one says NOT TRIED, and the others count.
 """
 
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -42,9 +42,6 @@ def run(names: Sequence[str], seed: int, short: bool) -> list[TrainingRow]:
     rows: list[TrainingRow] = []
     print(HEADING, flush=True)
     for name in names:
-        if name == "disk" and os.getuid() != 0:
-            print("C5   not tried: only root may mount a disk that gets full", flush=True)
-            continue
         begun = time.monotonic()
         with place(seed, short) as here:
             row = ROWS[name](here)
@@ -52,7 +49,13 @@ def run(names: Sequence[str], seed: int, short: bool) -> list[TrainingRow]:
         for what in row.broken:
             print(f"     NOT SURVIVED: {what}", flush=True)
         rows.append(row)
-    return rows
+    return that_count(names, rows)
+
+
+def that_count(names: Sequence[str], rows: Sequence[TrainingRow]) -> list[TrainingRow]:
+    """Without those that could not be tried, unless some were asked for by their names."""
+    by_name = not set(names) >= ROWS.keys()
+    return [row for row in rows if by_name or not row.untried]
 
 
 if __name__ == "__main__":

@@ -49,6 +49,8 @@ class TrainingRow(Row):
     """None: the fault leaves no history to compare."""
     recoveries: tuple[float, ...] = ()
     """Seconds from each fault to the first update after it."""
+    untried: str = ""
+    """Why nothing could be tried here."""
 
     def with_more(self, measured: str) -> "TrainingRow":
         return replace(self, measured=f"{self.measured}; {measured}")
@@ -60,7 +62,7 @@ class TrainingRow(Row):
             median, worst = f"{statistics.median(self.recoveries):.1f}", f"{max(self.recoveries):.1f}"
         return (
             f"{self.id:4} {self.tried:6,} {self.survived:8,} {lost} {median:>8} {worst:>6} {seconds:7.1f}  "
-            f"{self.fault}: {self.measured}"
+            f"{self.fault}: {f'NOT TRIED: {self.untried}' if self.untried else self.measured}"
         )
 
 

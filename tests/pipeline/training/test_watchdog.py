@@ -23,6 +23,7 @@ marks = st.builds(
     step_seconds=st.none() | st.floats(0, 50),
     waits=st.booleans(),
     silent_seconds=st.sampled_from([0.0, 1.0, 100.0]),
+    over=st.booleans(),
 )
 
 
@@ -50,6 +51,16 @@ def test_of_ranks_as_far_the_one_alive_longest_ago_is_named() -> None:
     assert blamed(UPDATING, replace(UPDATING, seconds=62), UPDATING) == 1
 
 
+def test_who_registers_the_model_is_named_when_the_others_have_gone_home() -> None:
+    """A rank whose work is over says so with its last report, and is not heard of any more."""
+    registers = Mark("finish", 400, seconds=1300, step_seconds=1.0)
+    gone = replace(registers, seconds=2000, silent_seconds=2000, over=True)
+    assert blamed(registers, gone, gone) == 0
+    assert blamed(replace(registers, seconds=1100), gone) is None
+    assert blamed(registers, replace(gone, over=False)) == 1
+    assert blamed(gone, gone) is None
+
+
 def test_slow_updates_and_long_phases_get_their_time() -> None:
     assert blamed(replace(UPDATING, seconds=59)) is None
     assert blamed(replace(UPDATING, step_seconds=7.0)) is None
@@ -65,8 +76,9 @@ def test_a_training_that_moves_on_is_left_alone(found: list[Mark]) -> None:
     assert blamed(*found, replace(UPDATING, seconds=1)) is None
     stalled = judge(dict(enumerate(found)), LIMITS)
     if stalled is not None:
-        assert min(mark.seconds for mark in found) > 60
+        assert min(mark.seconds for mark in found if not mark.over) > 60
         assert stalled.mark == found[stalled.rank]
+        assert not stalled.mark.over
 
 
 def test_a_pulse_knows_the_median_update_and_when_it_was_last_alive() -> None:
@@ -79,6 +91,9 @@ def test_a_pulse_knows_the_median_update_and_when_it_was_last_alive() -> None:
     assert pulse.read() == Mark("update", 90, seconds=5.0, step_seconds=2.0)
     pulse.alive()
     assert pulse.read().seconds == 0
+    assert not pulse.read().over
+    pulse.over()
+    assert pulse.read() == Mark("update", 90, step_seconds=2.0, over=True)
 
 
 def test_waiting_for_a_store_that_falters_is_no_hanging() -> None:
