@@ -129,28 +129,8 @@ def update(
     global_weight = sum_over_ranks(batch.weights.sum())
     before = Buffers(network)
     optimizer.zero_grad()
-
-    done: list[_Terms] = []
-    for part in batch.split(settings.micro_batches):
-        is_last = len(done) == settings.micro_batches - 1
-        # The penalties use the weights that the convolutions have computed anyway.
-        with _communicating(model, is_last), shared_weights(network):
-            with record_function("step/forward"):
-                terms = _forward(model, network, part, coefficients, settings)
-            # The loss is a sum over ranks, of which DistributedDataParallel makes a mean.
-            loss = terms.loss * (world_size() / global_weight)
-            if is_last:
-                with record_function("step/penalties"):
-                    penalties = _penalties(network, coefficients)
-                loss = loss + penalties.loss
-            with record_function("step/backward"):
-                backward(loss)
-        # Detached: a graph, even a spent one, keeps what its checkpointed cells would need.
-        done.append(replace(terms, loss=terms.loss.detach()))
-        del terms, loss
-
+    total, penalties = _gradients(model, network, batch, global_weight, coefficients, settings)
     with record_function("step/optimizer"):
-        total = _add(done)
         # Not from the model: walking through a deep one takes milliseconds.
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         gradient_norm = magnitude(p.grad for p in parameters if p.grad is not None)
@@ -213,6 +193,45 @@ class _Terms:
     kl_per_channel: Tensor
 
 
+@dataclass(frozen=True)
+class _Penalties:
+    """By the weights alone: with and without the coefficient."""
+
+    loss: Tensor
+    spectral: Tensor
+    batch_norm_scale: Tensor
+
+
+def _gradients(
+    model: nn.Module,
+    network: NVAE,
+    batch: _Batch,
+    global_weight: Tensor,
+    coefficients: Coefficients,
+    settings: StepSettings,
+) -> tuple[_Terms, _Penalties]:
+    """Leaves the gradient of the global batch's loss in the parameters; returns what it was made of."""
+    done: list[_Terms] = []
+    for part in batch.split(settings.micro_batches):
+        is_last = len(done) == settings.micro_batches - 1
+        # The penalties use the weights that the convolutions have computed anyway.
+        with _communicating(model, is_last), shared_weights(network):
+            with record_function("step/forward"):
+                terms = _forward(model, network, part, coefficients, settings)
+            # The loss is a sum over ranks, of which DistributedDataParallel makes a mean.
+            loss = terms.loss * (world_size() / global_weight)
+            if is_last:
+                with record_function("step/penalties"):
+                    penalties = _penalties(network, coefficients)
+                loss = loss + penalties.loss
+            with record_function("step/backward"):
+                backward(loss)
+        # Detached: a graph, even a spent one, keeps what its checkpointed cells would need.
+        done.append(replace(terms, loss=terms.loss.detach()))
+        del terms, loss
+    return _add(done), penalties
+
+
 def _forward(
     model: nn.Module,
     network: NVAE,
@@ -236,13 +255,6 @@ def _forward(
         reconstruction=(weights * reconstruction.detach()).sum(),
         kl_per_channel=torch.tensordot(weights.to(kl), kl_per_channel.detach(), dims=1),
     )
-
-
-@dataclass(frozen=True)
-class _Penalties:
-    loss: Tensor
-    spectral: Tensor
-    batch_norm_scale: Tensor
 
 
 def _penalties(network: NVAE, coefficients: Coefficients) -> _Penalties:

@@ -9,7 +9,8 @@
 It forwards requests as they are, their Host too, so that signatures made for the proxy's
 address stay valid for a server that verifies what it receives (Swift does). For each request
 the first rule that applies is chosen when it arrives; the draw depends on the seed and the
-number of the request alone. With `tls` it speaks https to its clients.
+number of the request alone. What is counted as injected did bite. With `tls` it speaks https to
+its clients.
 """
 
 import fcntl
@@ -25,164 +26,25 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from types import TracebackType
 from urllib.parse import unquote, urlsplit
 
+from tests.http_faults import (
+    Cut,
+    Fail,
+    Fault,
+    Flip,
+    Request,
+    Reset,
+    Response,
+    Rule,
+    Shifted,
+    Stall,
+    Trickle,
+    Whole,
+)
+
 _PIECE = 64 << 10
-_CREDENTIAL = re.compile(r"Credential=([^/,\s]+)/")
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a rule may look at."""
-
-    number: int
-    """Counted from 0 over the life of the proxy."""
-    method: str
-    path: str
-    """Decoded, without query."""
-    query: str
-    headers: dict[str, str]
-    """By names in lower case."""
-
-    @property
-    def range(self) -> tuple[int, int | None] | None:
-        """The range that is asked for as [start, end)."""
-        match = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("range", ""))
-        return match and (int(match[1]), int(match[2]) + 1 if match[2] else None)
-
-    @property
-    def access_key(self) -> str | None:
-        """Whose signature the request bears."""
-        match = _CREDENTIAL.search(self.headers.get("authorization", ""))
-        return match and match[1]
-
-
-@dataclass
-class Response:
-    """The server's answer: head and body, as it came and as it is to be sent."""
-
-    status: int
-    reason: str
-    headers: dict[str, str]
-    body: bytes
-
-
-# --- faults -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Fail:
-    """An error in place of the answer, in S3's form."""
-
-    status: int
-    code: str = ""
-    headers: tuple[tuple[str, str], ...] = ()
-
-    @property
-    def name(self) -> str:
-        return f"Fail {self.status}"
-
-    def response(self, request: Request) -> Response:
-        """What the client reads; to HEAD without the reason, as HTTP demands."""
-        body = f"<?xml version='1.0'?><Error><Code>{self.code}</Code><Message>injected</Message></Error>"
-        headers = {"content-type": "application/xml", "content-length": str(len(body)), **dict(self.headers)}
-        return Response(self.status, "Injected", headers, b"" if request.method == "HEAD" else body.encode())
-
-
-@dataclass(frozen=True)
-class Reset:
-    """A TCP reset: before the answer, or after that many bytes of its body."""
-
-    after: int | None = None
-    name: str = "Reset"
-
-
-@dataclass(frozen=True)
-class Stall:
-    """Silence with the connection open: before the answer, or after that many bytes of its body.
-
-    Ends after `seconds`, with the proxy or with the client's patience, whichever is first.
-    """
-
-    seconds: float
-    after: int | None = None
-    name: str = "Stall"
-
-
-@dataclass(frozen=True)
-class Cut:
-    """A body that ends early with an orderly close; `lying`, its Content-Length says so, too."""
-
-    after: int
-    lying: bool = False
-    name: str = "Cut"
-
-
-@dataclass(frozen=True)
-class Trickle:
-    """A body that comes a few bytes at a time."""
-
-    bytes: int
-    seconds: float
-    name: str = "Trickle"
-
-
-@dataclass(frozen=True)
-class Shifted:
-    """The bytes of another range; honest ones say so in Content-Range, others claim to be the right ones."""
-
-    by: int
-    honest: bool = False
-    name: str = "Shifted"
-
-
-@dataclass(frozen=True)
-class Whole:
-    """The whole file with status 200 in place of the range that was asked for."""
-
-    name: str = "Whole"
-
-
-@dataclass(frozen=True)
-class Flip:
-    """Wrong bytes of the right number: `mask` upon the byte at this place of the body."""
-
-    at: int
-    mask: int = 1
-    name: str = "Flip"
-
-
-Fault = Fail | Reset | Stall | Cut | Trickle | Shifted | Whole | Flip
-
-
-@dataclass
-class Rule:
-    """When a fault strikes: all conditions must hold."""
-
-    fault: Fault
-    where: Callable[[Request], bool] = lambda request: True
-    probability: float = 1.0
-    every: int = 1
-    """Only each n-th of the requests for which the rest holds, the first included."""
-    times: int | None = None
-    """At most so often."""
-    met: int = field(default=0, init=False)
-    struck: int = field(default=0, init=False)
-
-    def strikes(self, request: Request, draw: float) -> bool:
-        """Whether the fault strikes this request; counts."""
-        if not self.where(request) or draw >= self.probability:
-            return False
-        self.met += 1
-        if (self.met - 1) % self.every or (self.times is not None and self.struck >= self.times):
-            return False
-        self.struck += 1
-        return True
-
-
-# --- the proxy --------------------------------------------------------------------------------
 
 
 class FaultProxy:
@@ -194,7 +56,7 @@ class FaultProxy:
         self.upstream = (parts.hostname, parts.port)
         self.rules: list[Rule] = []
         self.injected: Counter[str] = Counter()
-        """How often each kind of fault struck."""
+        """How often each kind of fault bit."""
         self.requests: list[Request] = []
         self.sent_bytes = 0
         """Bytes of bodies that were handed to clients' connections."""
@@ -226,7 +88,10 @@ class FaultProxy:
         every: int = 1,
         times: int | None = None,
     ) -> Rule:
-        """Let a fault strike from now on; returns the rule, whose `struck` counts."""
+        """Let a fault strike from now on; returns the rule, whose `struck` counts the strikes.
+
+        One that did not bite is among them, but not among `injected`.
+        """
         rule = Rule(fault, where, probability, every, times)
         with self._lock:
             self.rules.append(rule)
@@ -254,9 +119,13 @@ class FaultProxy:
             for place, rule in enumerate(self.rules):
                 draw = random.Random(f"{self._seed} {request.number} {place}").random()
                 if rule.strikes(request, draw):
-                    self.injected[rule.fault.name] += 1
                     return request, rule.fault
         return request, None
+
+    def bites(self, fault: Fault) -> None:
+        """Before its client can know."""
+        with self._lock:
+            self.injected[fault.name] += 1
 
     def sent(self, count: int) -> None:
         with self._lock:
@@ -308,24 +177,33 @@ class _Connection(socketserver.BaseRequestHandler):
             self.client.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
             head = re.sub(rb"(?im)^expect:.*\r\n", b"", head)
         if isinstance(fault, Reset) and fault.after is None:
+            self.proxy.bites(fault)
             return self._reset()
         if isinstance(fault, Stall) and fault.after is None:
+            self.proxy.bites(fault)
             self.proxy.closing.wait(fault.seconds)
+            fault = None
         body = _read_body(asking, headers)
         if isinstance(fault, Fail):
+            self.proxy.bites(fault)
             return self._send(fault.response(request), None)
         upstream.sendall(head + body)
         response = _read_response(method, answering)
-        if isinstance(fault, Shifted | Whole) and response.status == 206:
-            response = self._other_bytes(request, response, fault)
+        if fault is None or not fault.bites(response):
+            return self._send(response, None)
+        if isinstance(fault, Shifted | Whole):
+            right, response = response, fault.upon(response, self._whole(request))
+            if response == right:
+                return self._send(right, None)
+        self.proxy.bites(fault)
         return self._send(response, fault)
 
     def _send(self, response: Response, fault: Fault | None) -> bool:
         body = response.body
-        if isinstance(fault, Flip) and len(body) > fault.at:
+        if isinstance(fault, Flip):
             body = body[: fault.at] + bytes([body[fault.at] ^ fault.mask]) + body[fault.at + 1 :]
         if isinstance(fault, Cut) and fault.lying:
-            response.headers["content-length"] = str(min(fault.after, len(body)))
+            response.headers["content-length"] = str(fault.after)
         head = [f"HTTP/1.1 {response.status} {response.reason}"]
         head += [f"{name}: {value}" for name, value in response.headers.items()]
         self.client.sendall("\r\n".join([*head, "", ""]).encode("latin-1"))
@@ -339,7 +217,7 @@ class _Connection(socketserver.BaseRequestHandler):
         if isinstance(fault, Reset):
             return self._reset()
         if isinstance(fault, Stall):
-            self.proxy.closing.wait(fault.seconds if fault.after is not None else 0)
+            self.proxy.closing.wait(fault.seconds)
             self._pass(body[after:])
         if isinstance(fault, Cut):
             return False
@@ -366,23 +244,15 @@ class _Connection(socketserver.BaseRequestHandler):
         self.client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         return False
 
-    def _other_bytes(self, request: Request, right: Response, fault: Shifted | Whole) -> Response:
-        """The answer with other bytes of the same object, asked for with a signature of our own."""
+    def _whole(self, request: Request) -> bytes:
+        """All of the object of which a range is asked for, by a request with a signature of our own."""
         import boto3
 
         bucket, _, key = request.path.lstrip("/").partition("/")
         host, port = self.proxy.upstream
         client = boto3.client("s3", endpoint_url=f"http://{host}:{port}")
-        whole = client.get_object(Bucket=bucket, Key=key)["Body"].read()
-        headers = dict(right.headers)
-        if isinstance(fault, Whole):
-            del headers["content-range"]
-            return Response(200, "OK", {**headers, "content-length": str(len(whole))}, whole)
-        assert request.range is not None
-        start = min(max(request.range[0] + fault.by, 0), len(whole) - len(right.body))
-        if fault.honest:
-            headers["content-range"] = f"bytes {start}-{start + len(right.body) - 1}/{len(whole)}"
-        return Response(206, right.reason, headers, whole[start : start + len(right.body)])
+        whole: bytes = client.get_object(Bucket=bucket, Key=key)["Body"].read()
+        return whole
 
 
 def _unsent(connection: socket.socket) -> int:

@@ -3,8 +3,8 @@
     make bench-overhead
     python -m tests.benchmarks.overhead --pairs 10 --only ray
 
-Two workers, one model. `run`: inside the two workers of one `nvae` run, 25 updates of the run
-take turns with 25 of a bare loop (bare_loop.py) on a second model of the same kind, so that both
+Two workers, one model. `run`: inside the two workers of one `nvae` run, 10 updates of the run
+take turns with 10 of a bare loop (bare_loop.py) on a second model of the same kind, so that both
 see the same machine. A pair is 200 updates of each, with one checkpoint and ten log lines. Batches
 are in memory on both sides: what reading them costs is told by `make bench-data`. Deliveries to
 MLflow go on in the background while the bare loop has its turn, too (a rank's thread for them took
@@ -54,7 +54,7 @@ WORKERS = 2
 BATCH = 16
 UPDATES = {"run": 200, "ray": 100}
 """Of each side in a pair; of `run`, between two checkpoints."""
-BLOCK_UPDATES, WARMUP_UPDATES = 25, 13
+BLOCK_UPDATES, WARMUP_UPDATES = 10, 25
 """Before the other takes its turn; not counted, so that a checkpoint falls in the middle of a block."""
 PAIR = "pair: "
 NEVER = ("train/skipped_updates", "checkpoint/left_out", "checkpoint/failed")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.benchmarks import data, formats
+from tests.benchmarks import data, formats, outages
 from tests.benchmarks.data_contenders import CONTENDERS, PROCESSES, STOCK
 from tests.benchmarks.data_places import FORMATS
 
@@ -40,6 +40,34 @@ def test_every_contender_delivers_images_of_every_format(format, monkeypatch):
     assert set(CONTENDERS) < set(rows)
     assert all(row["images_per_second"]["median"] > 0 for row in rows.values())
     assert data.table(found).count("\n| local |") == len(rows)
+
+
+@pytest.mark.parametrize(
+    ("requests", "faults", "fault", "why"),
+    [
+        (0, 0, True, "nothing was asked"),
+        (0, 0, False, "nothing was asked"),
+        (7, 0, True, "none of 7 requests met the fault"),
+        (7, 2, False, "2 of 7 requests met a fault in a window without"),
+    ],
+)
+def test_a_window_of_an_outage_that_is_not_what_it_is_called_has_no_figure(requests, faults, fault, why):
+    with pytest.raises(RuntimeError, match=why):
+        outages.check(requests, faults, fault)
+    outages.check(7, 7 if fault else 0, fault)
+
+
+def test_all_outages_are_compared_in_twenty_minutes():
+    assert outages.Timing().estimate([*outages.BOUNDS], outages.PAIRS) <= 20 * 60
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("kind", outages.BOUNDS)
+def test_an_outage_is_met_and_caught_up_with_in_every_pair(kind):
+    words = [f"--only={kind}", "--pairs=2", "--short"]
+    command = [sys.executable, "-m", "tests.benchmarks.outages", *words]
+    ended = subprocess.run(command, check=True, timeout=600, cwd=ROOT, capture_output=True, text=True)
+    assert f"{kind:8} 2 pairs: " in ended.stdout
 
 
 @pytest.mark.campaign

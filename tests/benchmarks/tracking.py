@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.training.tracking import RunTracker, create_run
-from tests.fault_proxy import FaultProxy, Reset, Stall
+from tests.fault_proxy import FaultProxy
+from tests.http_faults import Reset, Stall
 from tests.mlflow_server import serving
 
 

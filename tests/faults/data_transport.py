@@ -2,13 +2,15 @@
 
 import random
 import statistics
+from collections import Counter
 from collections.abc import Callable
 
 from pipeline import storage
 from pipeline.config import StorageConfig
 from pipeline.patience import FIRST_PAUSE_SECONDS
-from tests.fault_proxy import Cut, Fail, FaultProxy, Flip, Request, Reset, Shifted, Stall, Whole
+from tests.fault_proxy import FaultProxy
 from tests.faults.injection import Place, Row, Tally, assert_exact, noise, plan_of, read
+from tests.http_faults import Cut, Fail, Flip, Request, Reset, Shifted, Stall, Whole
 from tests.pipeline.data.data_set import build, config
 
 WORLDS = (1, 3)
@@ -18,8 +20,30 @@ def of_shards(request: Request) -> bool:
     return request.method == "GET" and request.path.endswith((".tar", ".idx"))
 
 
-def once_each(seed: int, most: float, least: float = 0) -> Callable[[Request], bool]:
-    """A rule's condition: the first request for each range of a tar whose draw is in [least, most)."""
+def longer_than(size: int) -> Callable[[Request], bool]:
+    """A rule's condition: what is asked for of a shard or a sidecar has, or may have, a byte there."""
+
+    def where(request: Request) -> bool:
+        if not of_shards(request):
+            return False
+        asked = request.range
+        return asked is None or asked[1] is None or asked[1] - asked[0] > size
+
+    return where
+
+
+def met(tally: Tally, injected: Counter[str], *names: str) -> str:
+    """How often each of these faults was met, in words; one that never was is counted as not survived."""
+    if missing := [name for name in names if not injected[name]]:
+        tally.note(0, 1, f"nobody met {', '.join(missing)}")
+    return ", ".join(f"{name} {injected[name]:,}" for name in names)
+
+
+def once_each(seed: int, most: float, least: float = 0, first: bool = False) -> Callable[[Request], bool]:
+    """A rule's condition: the first request for each range of a tar whose draw is in [least, most).
+
+    With `first`, for the very first range as well, so that there is always one.
+    """
     struck: set[tuple[str, int]] = set()
 
     def where(request: Request) -> bool:
@@ -27,7 +51,8 @@ def once_each(seed: int, most: float, least: float = 0) -> Callable[[Request], b
             return False
         # A later request for the rest ends where the first one would have.
         name = (request.path, request.range[1] or 0)
-        if name in struck or not least <= random.Random(f"{seed} {name}").random() < most:
+        drawn = least <= random.Random(f"{seed} {name}").random() < most
+        if name in struck or not (drawn or (first and not struck)):
             return False
         struck.add(name)
         return True
@@ -83,7 +108,7 @@ def stalls(place: Place) -> Row:
                 proxy.reset()
                 clean = read(settings, remote, world)
                 usual = max(usual, clean.longest_wait)
-                proxy.add(fault, once_each(place.seed, 0.1))
+                proxy.add(fault, once_each(place.seed, 0.1, first=True))
                 with tally.attempt(f"{what} on {world} ranks", proxy.injected.total):
                     found = read(settings, remote, world)
                     assert_exact(found, clean, planned)
@@ -106,7 +131,7 @@ def breaks(place: Place) -> Row:
     remote, planned = place.uploaded(local, "set"), plan_of(local, settings)
     largest = max(shard.bytes for shard in local.shards("train"))
     draw, before = random.Random(place.seed), storage.statistics()
-    samples = 0
+    samples, injected = 0, Counter[str]()
     with place.through_proxy() as proxy:
         clean = read(settings, remote)
         for turn in range(rounds):
@@ -117,9 +142,11 @@ def breaks(place: Place) -> Row:
                     found = read(settings, remote, world)
                     assert_exact(found, clean, planned)
                     samples += len(found.samples)
+                injected += proxy.injected
     after = storage.statistics()
+    kinds = met(tally, injected, "Reset", "Cut", "Shifted", "Whole")
     measured = (
-        f"{samples:,} samples exact, {after.retries - before.retries} retries, "
+        f"{kinds}; {samples:,} samples exact, {after.retries - before.retries} retries, "
         f"{(after.reread_bytes - before.reread_bytes) / 2**20:.1f} MiB thrown away"
     )
     return tally.row("D2b", "resets and short bodies at random bytes, wrong ranges, 200 for 206", measured)
@@ -128,13 +155,14 @@ def breaks(place: Place) -> Row:
 def add_breaks(proxy: FaultProxy, draw: random.Random, largest: int) -> None:
     """One of these befalls about a fifth of all requests for shards and sidecars."""
     for _ in range(8):
-        # Many cuts lie near the beginning, where they meet small answers, too.
+        # Many cuts lie near the beginning, where they meet small answers, too; none behind the end.
         after = int(largest ** draw.random())
-        proxy.add(Reset(after=after), of_shards, probability=0.008)
-        proxy.add(Cut(after=after, lying=draw.random() < 0.3), of_shards, probability=0.008)
-    proxy.add(Reset(), of_shards, probability=0.03)
-    proxy.add(Shifted(by=draw.randrange(1, 9000), honest=True), of_shards, probability=0.03)
-    proxy.add(Whole(), of_shards, probability=0.03)
+        proxy.add(Reset(after=after), longer_than(after), probability=0.008)
+        proxy.add(Cut(after=after, lying=draw.random() < 0.3), longer_than(after), probability=0.008)
+    for fault in (Reset(), Shifted(by=draw.randrange(1, 9000), honest=True), Whole()):
+        # One of each comes early: no kind shall be missed by chance.
+        proxy.add(fault, of_shards, probability=0.2, times=1)
+        proxy.add(fault, of_shards, probability=0.03)
 
 
 def wrong_bytes(place: Place) -> Row:
@@ -143,7 +171,7 @@ def wrong_bytes(place: Place) -> Row:
     local = build(place.folder, str(place.folder / "set"))
     settings = config(lanes=12)
     remote, planned = place.uploaded(local, "set"), plan_of(local, settings)
-    draw, rounds, samples = random.Random(place.seed), 0, 0
+    draw, rounds, samples, injected = random.Random(place.seed), 0, 0, Counter[str]()
     with place.through_proxy() as proxy:
         clean = read(settings, remote)
         while tally.tried < wanted:
@@ -157,6 +185,9 @@ def wrong_bytes(place: Place) -> Row:
                 found = read(settings, remote, 1 + rounds % 3)
                 assert_exact(found, clean, planned)
                 samples += len(found.samples)
-            assert proxy.injected["Flip"]
-    measured = f"{samples:,} samples in {rounds} readings, all healed by the second transfer"
+            injected += proxy.injected
+    measured = (
+        f"{met(tally, injected, 'Flip', 'Shifted')}; {samples:,} samples in {rounds} readings, "
+        f"all healed by the second transfer"
+    )
     return tally.row("D3t", "wrong bytes of the right number, in transit", measured)

@@ -53,14 +53,20 @@ class Tally:
 
     @contextmanager
     def attempt(self, what: str, count: Callable[[], int] = lambda: 1) -> Iterator[None]:
-        """Injections, in the end `count()` of them, that survive if nothing is raised."""
+        """Injections, in the end `count()` of them, that survive if nothing is raised.
+
+        Where there was none, nothing was survived: that counts as one that was not.
+        """
         try:
             yield
+            injected = count()
+            assert injected, "no fault was met"
         except (Exception, pytest.fail.Exception) as error:
             self.broken.append(f"{what}: {type(error).__name__}: {str(error)[:500]}")
+            self.tried += max(count(), 1)
         else:
-            self.survived += count()
-        self.tried += count()
+            self.survived += injected
+            self.tried += injected
 
     def note(self, survived: int, tried: int, what: str = "") -> None:
         """Add injections whose outcome is known."""

@@ -4,10 +4,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.fault_proxy import Fail
 from tests.faults import tracking_place
 from tests.faults.tracking_faults import attempt, main
 from tests.faults.tracking_place import Place, places
+from tests.http_faults import Fail
 
 pytestmark = pytest.mark.campaign
 

@@ -12,7 +12,8 @@ import pytest
 
 from pipeline import storage
 from pipeline.config import StorageConfig
-from tests.fault_proxy import Cut, Fail, FaultProxy, Reset, Stall
+from tests.fault_proxy import FaultProxy
+from tests.http_faults import Cut, Fail, Reset, Stall
 
 pytestmark = pytest.mark.campaign
 

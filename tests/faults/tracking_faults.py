@@ -27,9 +27,9 @@ from mlflow import MlflowClient
 
 from pipeline import registration, run_folder
 from pipeline import run as runs
-from tests.fault_proxy import Fail, Request, Reset, Response
 from tests.faults.tracking_place import LOST_FOR_GOOD, Injections, Place, launch, places
 from tests.faults.tracking_witness import witnessed
+from tests.http_faults import Fail, Request, Reset, Response
 from tests.mlflow_server import history
 from tests.tiny_run import points
 

@@ -25,8 +25,9 @@ from pipeline.training import checkpoint_writer, machine
 from pipeline.training.run_description import status_of
 from pipeline.training.tracking import replay
 from pipeline.training.worker import LocalWorker
-from tests.fault_proxy import Fault, FaultProxy, Stall
+from tests.fault_proxy import FaultProxy
 from tests.faults.tracking_witness import Witness
+from tests.http_faults import Fault, Stall
 from tests.injecting import Injecting
 from tests.mlflow_server import MlflowServer, serving
 from tests.tiny_run import IMAGES, YAML, Home, points

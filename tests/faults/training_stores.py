@@ -15,7 +15,7 @@ import pytest
 
 from pipeline.training.checkpoint import images_saved, newest
 from tests import s3_server
-from tests.fault_proxy import Fail, Fault, FaultProxy, Request, Stall
+from tests.fault_proxy import FaultProxy
 from tests.faults.data_resources import mounted, why_no_mounts
 from tests.faults.injection import Tally
 from tests.faults.training_kills import WORKER_SECONDS, judged
@@ -29,9 +29,10 @@ from tests.faults.training_runs import (
     small_updates,
     wait_until,
 )
+from tests.http_faults import Fail, Fault, Request, Stall
 
 SLOW = Stall(0.3)
-"""Before each answer to a write, which takes some hundredths of a second without it."""
+"""Before each write."""
 LEFT_OUT = "the one before is still being written"
 FAILED = "was not written, the older ones are kept"
 # The training is stopped when all has been tried. A save gives up before.
@@ -49,7 +50,7 @@ def uploads(place: Place) -> TrainingRow:
         broken = Training(place, "broken", *SETTINGS, store=store)
         broken.start()
         for number in range(rounds):
-            with tally.attempt(f"uploads ten times slower, {number}"):
+            with tally.attempt(f"each write {SLOW.seconds} s slower, {number}"):
                 _saves_slowly(broken, harmed(proxy, SLOW))
             for name, fault in failing.items():
                 with tally.attempt(f"uploads {name}, {number}"):
@@ -59,7 +60,7 @@ def uploads(place: Place) -> TrainingRow:
         broken.stop()
         with tally.attempt("one writer at a time"):
             assert not (twice := _written_again(proxy)), f"written again after others were begun: {twice}"
-        what = "uploads ten times slower, refused, not answered"
+        what = f"writes to a bucket {SLOW.seconds} s slower, refused, not answered"
         row = judged(tally, "C3", what, broken, recoveries, WORKER_SECONDS)
     return row.with_more(_alarms(broken))
 

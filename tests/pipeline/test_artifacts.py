@@ -21,7 +21,7 @@ from pipeline.artifacts import (
     tensors_to_bytes,
     write_directory,
 )
-from tests.fault_proxy import Fail
+from tests.http_faults import Fail
 
 FILES = {"a.bin": b"first", "b.bin": b"second"}
 TENSORS = {"w": torch.arange(6.0).view(2, 3), "n": torch.tensor(3), "none": torch.empty(0, 2)}

@@ -7,7 +7,7 @@ import pytest
 
 from pipeline import patience, storage
 from pipeline.config import StorageConfig
-from tests.fault_proxy import Fail, Request, Reset
+from tests.http_faults import Fail, Request, Reset
 
 CONTENT = b"0123456789"
 

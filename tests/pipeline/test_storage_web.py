@@ -14,7 +14,8 @@ import trustme
 from pipeline import storage, web
 from pipeline.config import StorageConfig
 from pipeline.storage import StoreError
-from tests.fault_proxy import Cut, Fail, FaultProxy, Reset, Stall, Trickle
+from tests.fault_proxy import FaultProxy
+from tests.http_faults import Cut, Fail, Reset, Stall, Trickle
 
 MB = 1_000_000
 LONG = random.Random(0).randbytes(3 * MB)

@@ -20,7 +20,8 @@ from pipeline import storage
 from pipeline.artifacts import ArtifactError, NewerFormatError, sealed
 from pipeline.training.checkpoint import CheckpointError, Wanted, newest, open_checkpoint
 from pipeline.training.checkpoint_writer import NAMES, CheckpointWriter, SupersededError, claim_attempt
-from tests.fault_proxy import Fail, FaultProxy, Request
+from tests.fault_proxy import FaultProxy
+from tests.http_faults import Fail, Request
 
 RECORD = {"config": {"train": {"seed": 1}}, "interventions": []}
 

@@ -29,7 +29,8 @@ from pipeline.training.tracking import (
     replay,
     undelivered,
 )
-from tests.fault_proxy import Fail, FaultProxy, Reset
+from tests.fault_proxy import FaultProxy
+from tests.http_faults import Fail, Reset
 from tests.mlflow_server import MlflowServer
 
 PNG = b"\x89PNG not really"
