@@ -54,8 +54,9 @@ WORKERS = 2
 BATCH = 16
 UPDATES = {"run": 200, "ray": 100}
 """Of each side in a pair; of `run`, between two checkpoints."""
-BLOCK_UPDATES, WARMUP_UPDATES = 10, 25
-"""Before the other takes its turn; not counted, so that a checkpoint falls in the middle of a block."""
+BLOCK_UPDATES, WARMUP_UPDATES = 10, 65
+"""Before the other takes its turn; not counted: the start of deliveries falls into them, and a
+checkpoint into the middle of a block."""
 PAIR = "pair: "
 NEVER = ("train/skipped_updates", "checkpoint/left_out", "checkpoint/failed")
 BOUNDS = {"run": 1.03, "ray": 1.025}
