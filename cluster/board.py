@@ -43,6 +43,8 @@ class News:
     """What the driver learns."""
 
     lines: tuple[str, ...] = ()
+    evaluations: tuple[Mapping[str, float], ...] = ()
+    """What rank 0 found since, in its order."""
     reports: Mapping[int, Report] = field(default_factory=dict)
     """The latest of each rank of the group that was asked for."""
 
@@ -53,10 +55,19 @@ class _Board:
     def __init__(self) -> None:
         self._group, self._wish = "", "go on"
         self._lines: list[str] = []
+        self._evaluations: list[Mapping[str, float]] = []
         self._reports: dict[int, tuple[float, Report]] = {}
 
-    def report(self, group: str, rank: int, lines: list[str], report: Report) -> str:
+    def report(
+        self,
+        group: str,
+        rank: int,
+        lines: list[str],
+        evaluations: list[Mapping[str, float]],
+        report: Report,
+    ) -> str:
         self._lines += lines
+        self._evaluations += evaluations
         if group != self._group:
             return "go on"
         self._reports[rank] = time.monotonic(), report
@@ -67,7 +78,9 @@ class _Board:
             self._group, self._reports = group, {}
         self._wish = wish
         lines, self._lines = self._lines, []
-        return News(tuple(lines), {rank: _aged(*told) for rank, told in self._reports.items()})
+        found, self._evaluations = self._evaluations, []
+        reports = {rank: _aged(*told) for rank, told in self._reports.items()}
+        return News(tuple(lines), tuple(found), reports)
 
 
 def _aged(heard: float, report: Report) -> Report:
@@ -99,6 +112,7 @@ class Reporter:
         self.wish: Wish = "go on"
         self._actor, self._group, self._rank = actor, group, rank
         self._lines: list[str] = []
+        self._evaluations: list[Mapping[str, float]] = []
         self._lock = threading.Lock()
 
     def say(self, line: str) -> None:
@@ -106,13 +120,18 @@ class Reporter:
         with self._lock:
             self._lines.append(line)
 
-    def send(self, report: Report) -> None:
-        """Report, and learn the wish. Lines that do not get through are sent again."""
+    def tell(self, evaluation: Mapping[str, float]) -> None:
+        """Let the driver know of an evaluation with the next report."""
         with self._lock:
-            lines = list(self._lines)
+            self._evaluations.append(dict(evaluation))
+
+    def send(self, report: Report) -> None:
+        """Report, and learn the wish. What does not get through is sent again."""
+        with self._lock:
+            lines, found = list(self._lines), list(self._evaluations)
         try:
-            self.wish = ray.get(self._actor.report.remote(self._group, self._rank, lines, report))
+            self.wish = ray.get(self._actor.report.remote(self._group, self._rank, lines, found, report))
         except RayError:
             return  # The board is being started anew, or the driver is gone and we soon are.
         with self._lock:
-            del self._lines[: len(lines)]
+            del self._lines[: len(lines)], self._evaluations[: len(found)]

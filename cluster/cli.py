@@ -85,12 +85,17 @@ for group in (lookups.shards, lookups.registry, lookups.runs, track, lookups.con
 
 
 @cli.command()
-@click.argument("config")
+@click.argument("config", required=False)
 @overrides_argument
 @click.option("--name", help="The run's name; CONFIG's by default. The same name again continues the run.")
 @workers_option
 @click.option("--local", is_flag=True, help="Train in this process, without Ray.")
 @click.option("--from", "parent", metavar="MODEL", help="Begin with the weights of a trained model.")
+@click.option(
+    "--from-trial",
+    metavar="SEARCH/N",
+    help="Take the settings of a trial; without CONFIG as many images as the search's run is trained on.",
+)
 @click.option("--dry-run", is_flag=True, help="Show what would be trained, and do nothing.")
 @store_option
 @tracking_option
@@ -103,6 +108,7 @@ def train(dry_run: bool, **asked: Any) -> int:
       nvae train quickstart                             # 2 workers on this machine
       nvae train ffhq256 data.root=s3://bucket/ffhq256  # one worker per GPU
       nvae train quickstart train.batch_size=32 --local --dry-run
+      nvae train --from-trial groups/7                  # in full, what a search has found
     """
     from cluster import training
 
@@ -111,6 +117,69 @@ def train(dry_run: bool, **asked: Any) -> int:
         click.echo(training.describe(plan))
         return 0
     return training.execute(plan)
+
+
+@cli.command()
+@click.argument("config")
+@overrides_argument
+@click.option(
+    "--name", help="The search's name; CONFIG's by default. The same name again continues the search."
+)
+@click.option(
+    "--trials",
+    type=click.IntRange(1),
+    help="Trials in all; more of them extend a search. [20, or all of a grid]",
+)
+@click.option("--concurrent", type=click.IntRange(1), help="Trials at a time. [as many as there are places]")
+@click.option(
+    "--workers-per-trial",
+    "workers",
+    default=1,
+    show_default=True,
+    type=click.IntRange(1),
+    help="One trains within Ray Tune's own process; several are started by Ray Train for each trial.",
+)
+@click.option(
+    "--resources",
+    metavar="CPU=N,GPU=N",
+    default="",
+    help="What a trial of one worker reserves. [GPU=1, or CPU=1 without GPUs]",
+)
+@click.option("--dry-run", is_flag=True, help="Show trials as they would be drawn, and do nothing.")
+@store_option
+@tracking_option
+def tune(dry_run: bool, **asked: Any) -> int:
+    """Search for the best settings of a run. CONFIG is groups_and_spectral, a YAML file or a URL.
+
+    Run the same command again to continue a search that was stopped or killed. `nvae runs stop NAME`
+    stops one in order, `nvae runs stop NAME-0007` one trial of it, `nvae report NAME` shows how far it is.
+
+    \b
+      nvae tune groups_and_spectral --trials 12 --dry-run
+      nvae tune groups_and_spectral --trials 12 --concurrent 2
+      nvae tune my_space.yaml train.total_images=200_000 search.max_device_hours=100 --name groups
+    """
+    from cluster import search_lookup
+    from cluster import tune as tuning
+
+    plan = tuning.plan(**asked)
+    if dry_run:
+        search_lookup.show_draws(plan)
+        return 0
+    return tuning.execute(plan)
+
+
+@cli.command()
+@click.argument("search")
+@json_option
+@store_option
+def report(search: str, as_json: bool, store: str | None) -> None:
+    """Write the report of SEARCH as it is now, and show its trials, the best first."""
+    from cluster import search_lookup
+
+    rows, columns, url = search_lookup.report(search, store)
+    show(rows, columns, as_json)
+    click.echo(f"Report: {url}", err=as_json)
 
 
 @cli.command()

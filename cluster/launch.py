@@ -55,6 +55,7 @@ def launch(
     say: Callable[[str], None],
     progress: Callable[[], int] = lambda: 0,
     starting: Callable[[int, str], None] = lambda workers, kind: None,
+    heard: Callable[[Mapping[str, float]], None] = lambda evaluation: None,
     limits: Limits | None = None,
 ) -> Answer:
     """Run `entry(arguments, worker)` on as many ranks as can be; returns rank 0's answer.
@@ -62,9 +63,10 @@ def launch(
     Connects to the cluster of RAY_ADDRESS, or starts a local Ray. `run_url` is the run's
     folder: a stop request there ends the run in order, Ray's own files go below it. `widths`
     are the numbers of workers that will do, fewest first; `starting` is told of each start: how
-    many, and whether on "GPU" or "CPU". After the loss of a worker the entry is run again, on the
-    nodes that are left, as long as `progress` grows; so it is when nodes leave or, some minutes
-    after the last start, come back. A group that stands still for longer than the `limits` is ended.
+    many, and whether on "GPU" or "CPU"; `heard` is told what each evaluation found. After the loss
+    of a worker the entry is run again, on the nodes that are left, as long as `progress` grows; so it
+    is when nodes leave or, some minutes after the last start, come back. A group that stands still
+    for longer than the `limits` is ended.
 
     An entry that is asked to leave answers with `state` "stopped", and does so, too, if it was
     not started. Raises RunError with the message of an InputError that a worker raised,
@@ -82,7 +84,7 @@ def launch(
         while workers := wait_for_places(widths, kind := kind_of_places(), say, unwanted):
             starting(workers, kind)
             start = _Start(entry, dict(arguments), run_url, actor, uuid.uuid4().hex[:12])
-            supervisor = Supervisor(actor, start.group, workers, widths, kind, say, unwanted, limits)
+            supervisor = Supervisor(actor, start.group, workers, widths, kind, say, heard, unwanted, limits)
             try:
                 answer: Answer = supervisor.watch(_trainer(start, workers, kind == "GPU").fit)
                 if answer.get("state") != "stopped" or unwanted():
@@ -99,6 +101,13 @@ def launch(
             finally:
                 _clear(_ray_folder(run_url))
     return {"state": "stopped", "reason": ""}
+
+
+def entry_point(name: str) -> Callable[[Mapping[str, Any], Any], Answer]:
+    """The function `package.module:function`."""
+    module, _, function = name.partition(":")
+    entry: Callable[[Mapping[str, Any], Any], Answer] = getattr(importlib.import_module(module), function)
+    return entry
 
 
 @dataclass(frozen=True)
@@ -142,8 +151,7 @@ def _clear(url: str) -> None:
 def _work(sent: dict[str, _Start]) -> Answer:
     """What each Ray Train worker executes."""
     start = sent["start"]
-    module, _, function = start.entry.partition(":")
-    entry = getattr(importlib.import_module(module), function)
+    entry = entry_point(start.entry)
     worker = RayWorker(start.run_url, start.board, start.group)
     try:
         with worker.reporting():

@@ -27,6 +27,7 @@ from cluster.board import REPORT_SECONDS, Report, Reporter
 from nvae.model import NVAE
 from nvae.parallel import data_parallel
 from pipeline.training.watchdog import Phase, Pulse, end_process
+from pipeline.training.worker import TRAINING_SECONDS
 
 PATIENCE = timedelta(days=30)
 """How long a rank that trains waits for another: longer than storage.retry_seconds can be.
@@ -87,11 +88,13 @@ class RayWorker:
             dist.barrier()
 
     def report(self, metrics: Mapping[str, float]) -> None:
-        """Tell Ray that the run moved on. A barrier: all ranks call it equally often.
+        """Tell the driver, and Ray, what an evaluation found. A barrier for Ray: all ranks call it.
 
         Checkpoints are uploaded by our own writer, which can verify and resume them without
         Ray, so that Ray is told the numbers only.
         """
+        if self.rank == 0:
+            self._reporter.tell({**metrics, TRAINING_SECONDS: self.pulse.training_seconds})
         ray.train.report(dict(metrics))
 
     def stop_wanted(self) -> bool:

@@ -7,7 +7,7 @@ wider one; it is ended when it stands still.
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ray
@@ -21,7 +21,9 @@ GROW_SECONDS = 300.0
 a start costs about half a minute."""
 _LOOK_SECONDS = 2.0
 """Between two looks at the nodes."""
-_ROUND_SECONDS = 0.2
+_ROUND_SECONDS = 1.0
+"""Between two looks at the board. Each takes the processors of three processes a moment, which the
+ranks of one machine notice."""
 
 
 class Supervisor:
@@ -35,13 +37,14 @@ class Supervisor:
         widths: Sequence[int],
         kind: str,
         say: Callable[[str], None],
+        heard: Callable[[Mapping[str, float]], None],
         unwanted: Callable[[], bool],
         limits: Limits | None,
     ) -> None:
         self.reason = ""
         self._board, self._group = board, group
         self._workers, self._widths, self._kind = workers, widths, kind
-        self._say, self._unwanted = say, unwanted
+        self._say, self._heard, self._unwanted = say, heard, unwanted
         self._limits = limits
         self._wish: Wish = "go on"
         self._began = self._looked = time.monotonic()
@@ -77,6 +80,8 @@ class Supervisor:
         news: News = ray.get(self._board.news.remote(self._group, self._wish))
         for line in news.lines:
             self._say(line)
+        for evaluation in news.evaluations:
+            self._heard(evaluation)
         return news
 
     def _decide(self, news: News) -> None:

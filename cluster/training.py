@@ -20,6 +20,7 @@ from pipeline.config import RunConfig
 from pipeline.preparation import Prepared, prepare, widths_of
 from pipeline.progress import say
 from pipeline.run_folder import RunError
+from pipeline.search import ledger
 from pipeline.training.checkpoint import images_saved
 from pipeline.training.watchdog import Limits, watched
 from pipeline.training.worker import LocalWorker, Poll
@@ -44,12 +45,13 @@ class Plan:
 
 
 def plan(
-    config: str,
+    config: str | None,
     overrides: Sequence[str],
     name: str | None,
     workers: Workers | None,
     local: bool,
     parent: str | None,
+    from_trial: str | None,
     store: str | None,
     tracking: str | None,
 ) -> Plan:
@@ -60,8 +62,10 @@ def plan(
             f"--local trains in this one process, not on {workers} workers; leave one of them out."
         )
     located = stores.locate(store)
-    loaded = config_file.load(config, overrides)
-    chosen_name = name or PurePosixPath(config).stem
+    if from_trial is not None and config is not None and "=" in config:
+        config, overrides = None, (config, *overrides)
+    loaded = _settings(config, overrides, from_trial, located)
+    chosen_name = name or PurePosixPath(config or f"{from_trial}-full".replace("/", "-")).stem
     run_folder.folder(located, chosen_name)  # refuses what is no name
     return Plan(
         config=loaded,
@@ -72,6 +76,18 @@ def plan(
         local=local,
         parent=parent,
     )
+
+
+def _settings(config: str | None, overrides: Sequence[str], from_trial: str | None, store: str) -> RunConfig:
+    """What is to be trained: a configuration, a trial's settings, or the one with the other."""
+    if from_trial is None:
+        if config is None:
+            raise RunError("Name a configuration, such as quickstart, or a trial by --from-trial SEARCH/N.")
+        return config_file.load(config, overrides)
+    definition, trial = ledger.known_trial(store, from_trial)
+    if config is None:
+        return definition.in_full(trial.settings, overrides)
+    return config_file.overridden(config_file.load(config), trial.settings, overrides)
 
 
 def default_workers() -> Workers:

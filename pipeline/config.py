@@ -252,6 +252,43 @@ class RunConfig(Section):
         return section
 
 
+class SearchConfig(Section):
+    """How a search looks for the best settings of a run; see pipeline/search/."""
+
+    searcher: Literal["tpe", "random", "grid"] = "tpe"
+    """Who chooses the settings of a trial: a model of what was good so far (Optuna's tree of Parzen
+    estimators), chance, or each combination of the listed values in turn."""
+    random_trials: int = Field(8, ge=1)
+    """Of tpe: trials that are drawn at random before there is enough to learn from."""
+    seed: int = Field(1, ge=0, le=2**32 - 1)
+    """Of whatever is drawn at random."""
+    scheduler: Literal["asha", "median", "none"] = "asha"
+    """Which trials are stopped early: at each rung all but the best share of those that reached it
+    (asha); those that are worse than the median of the others so far (median); none."""
+    compare: Literal["images", "device_seconds"] = "images"
+    """Trials are compared at as many images seen, or at as much time of their devices."""
+    first_rung_images: int | None = Field(None, ge=1)
+    """Images after which a trial may be stopped for the first time, a multiple of
+    `cadence.evaluate_images`, which is also what it is by default."""
+    first_rung_device_seconds: float | None = Field(None, gt=0)
+    """The same in time of a trial's devices together, if that is what is compared."""
+    reduction_factor: int = Field(3, ge=2, le=100)
+    """Of asha: the next rung lies at so many times the images of the one before, and one in so many
+    trials goes on."""
+    max_restarts: int = Field(2, ge=0, le=100, json_schema_extra=RESUMABLE)
+    """Times that a trial whose process was lost, or which hangs, is started again; it continues from
+    its checkpoint."""
+    device_memory_gib: float | None = Field(None, gt=0)
+    """Memory of the device of a worker; trials that are estimated to need more are not started. By
+    default that of this machine's GPU, or each concurrent trial's share of its memory."""
+    max_device_hours: float | None = Field(None, gt=0, json_schema_extra=RESUMABLE)
+    """The search ends in order when all trials together have used so much time of their devices."""
+    max_cost: float | None = Field(None, gt=0, json_schema_extra=RESUMABLE)
+    """The same in money, by `price_per_device_hour`."""
+    price_per_device_hour: float | None = Field(None, gt=0, json_schema_extra=RESUMABLE)
+    """What a device costs for an hour, in any currency."""
+
+
 @dataclass(frozen=True)
 class Rule:
     """What must hold between settings that are each fine alone. The first path is to blame."""

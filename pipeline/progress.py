@@ -11,11 +11,14 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from typing import TypeVar
+from types import TracebackType
+from typing import Self, TypeVar
 
 from rich.console import Console
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 Item = TypeVar("Item")
 
@@ -119,13 +122,64 @@ def table(rows: Iterable[Mapping[str, object]], columns: Mapping[str, str]) -> N
         for line in [list(columns.values()), *cells]:
             print("\t".join(line))
         return
+    console.print(_grid(rows, columns, cells), markup=False)
+
+
+def _grid(
+    rows: Sequence[Mapping[str, object]], columns: Mapping[str, str], cells: Iterable[Sequence[str]]
+) -> Table:
     grid = Table(box=None, pad_edge=False, header_style="bold")
     for key, heading in columns.items():
         numbers = all(isinstance(row.get(key), int | float | None) for row in rows)
         grid.add_column(heading, justify="right" if numbers else "left", overflow="fold")
     for line in cells:
-        grid.add_row(*line)
-    console.print(grid, markup=False)
+        grid.add_row(*(Text(cell) for cell in line))
+    return grid
+
+
+class LiveTable:
+    """A table that changes while something runs, on standard error; a context manager.
+
+    A terminal shows it in place; anything else gets its rows that changed, as lines.
+    """
+
+    def __init__(self, columns: Mapping[str, str]) -> None:
+        """`columns` maps the rows' keys to headings; the first names the row."""
+        self._columns = columns
+        self._console = Console(stderr=True)
+        self._live = Live(console=self._console, auto_refresh=False) if self._console.is_terminal else None
+        self._shown: dict[str, list[str]] = {}
+
+    def __enter__(self) -> Self:
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def show(self, rows: Iterable[Mapping[str, object]]) -> None:
+        """These are the rows now."""
+        rows = list(rows)
+        cells = [[_cell(row.get(key)) for key in self._columns] for row in rows]
+        if self._live is not None:
+            self._live.update(_grid(rows, self._columns, cells), refresh=True)
+            return
+        for line in cells:
+            if self._shown.get(line[0]) != line:
+                self._shown[line[0]] = line
+                named = zip(self._columns.values(), line, strict=True)
+                say("  ".join(f"{heading.lower()} {cell}" for heading, cell in named if cell != "-"))
+
+    def say(self, message: str) -> None:
+        """A line above the table."""
+        if self._live is None:
+            say(message)
+        else:
+            self._console.print(message, markup=False, highlight=False)
 
 
 def _bar(items: Iterable[Item], description: str, total: int | None, console: Console) -> Iterator[Item]:

@@ -59,10 +59,11 @@ class RunSpec:
 # -- on the driver ----------------------------------------------------------------------
 
 
-def begin(prepared: Prepared) -> RunSpec:
+def begin(prepared: Prepared, tags: Mapping[str, str] | None = None) -> RunSpec:
     """Start a run, or continue the one of that name; call it with the run's lease held.
 
-    Raises RunError if somebody else ran the run since it was prepared.
+    `tags` are for MLflow, beside those that every run has. Raises RunError if somebody else ran the
+    run since it was prepared.
     """
     record = run_folder.read_record(prepared.url)
     if record != prepared.record:
@@ -77,7 +78,7 @@ def begin(prepared: Prepared) -> RunSpec:
         experiment=EXPERIMENT,
         run_name=prepared.name,
         parameters=config_file.leaves(prepared.config),
-        tags=_tags(prepared),
+        tags=_tags(prepared) | dict(tags or {}),
     )
     record = RunRecord(
         name=prepared.name,

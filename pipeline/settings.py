@@ -12,7 +12,7 @@ from functools import cache
 from typing import Any
 
 from nvae.config import RANGES, allowed
-from pipeline.config import RunConfig
+from pipeline.config import RunConfig, SearchConfig
 
 _LONGEST_PATH = 200
 """Letters of a misspelt path for which the nearest setting is sought: the search is quadratic."""
@@ -34,19 +34,25 @@ class Setting:
 @cache
 def settings() -> dict[str, Setting]:
     """All leaves of RunConfig in the order of the file."""
-    found = {}
-    for section, schema in _sections():
-        for name, leaf in schema["properties"].items():
-            path = f"{section}.{name}"
-            found[path] = Setting(
-                path=path,
-                description=" ".join(leaf["description"].split()),
-                allowed=allowed(name) if section == "model" else _in_words(leaf),
-                default=leaf.get("default"),
-                required=name in schema.get("required", ()),
-                resumable=leaf.get("resumable", False),
-            )
-    return found
+    return {leaf.path: leaf for section, schema in _sections() for leaf in _leaves(section, schema)}
+
+
+@cache
+def search_settings() -> dict[str, Setting]:
+    """All leaves of SearchConfig; their paths begin with `search`."""
+    return {leaf.path: leaf for leaf in _leaves("search", SearchConfig.model_json_schema())}
+
+
+def _leaves(section: str, schema: Mapping[str, Any]) -> Iterator[Setting]:
+    for name, leaf in schema["properties"].items():
+        yield Setting(
+            path=f"{section}.{name}",
+            description=" ".join(leaf["description"].split()),
+            allowed=allowed(name) if section == "model" else _in_words(leaf),
+            default=leaf.get("default"),
+            required=name in schema.get("required", ()),
+            resumable=leaf.get("resumable", False),
+        )
 
 
 def section_names() -> tuple[str, ...]:

@@ -263,16 +263,20 @@ class Registry:
                 lambda mlflow: mlflow.set_model_version_tag(name, candidate.version, _PASSED, "true")
             )
         while True:
-            self._move_best(winner)
+            self._move(BEST, winner)
             passed = self._search(name, {}, f" and tags.`{_PASSED}` = 'true'")
             best = best_of(version for version in passed if version.data_hash == candidate.data_hash)
             if best is None or best.score >= winner.score:
                 return winner
             winner = best
 
-    def _move_best(self, version: Version) -> None:
+    def point(self, alias: str, ref: str) -> None:
+        """Makes `alias` that of the version `ref`, whatever had it before. `best` has a gate: `register`."""
+        self._move(alias, self.find(ref))
+
+    def _move(self, alias: str, version: Version) -> None:
         def move(mlflow: Any) -> None:
-            mlflow.set_registered_model_alias(version.name, BEST, version.version)
+            mlflow.set_registered_model_alias(version.name, alias, version.version)
 
         with self._asking():
             try:

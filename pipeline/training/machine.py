@@ -185,6 +185,11 @@ def free_space(name: str, folder: Path) -> Mapping[str, float]:
     return {f"system/{name}_free_gib/min": shutil.disk_usage(there).free / GIB}
 
 
+def total_memory() -> int:
+    """Bytes of main memory that this machine has."""
+    return int(psutil.virtual_memory().total)
+
+
 def device_memory(device: torch.device) -> dict[str, float]:
     """Peaks since the last call, which torch counts without being asked; empty on a CPU."""
     if device.type != "cuda":

@@ -234,6 +234,7 @@ def look_and_save(
         try:
             found = evaluate_and_show(training, state)
             state.evaluation_due = False
+            training.worker.report({"images_seen": state.images_seen, **found})
         except StoppedError:
             # It is made anew when the run continues.
             stopping = True
@@ -279,22 +280,22 @@ def save(
     sound: bool,
     may_be_left_out: bool,
 ) -> None:
-    """Write a checkpoint in the background; all ranks tell whoever started them.
+    """Write a checkpoint in the background.
 
     It may be left out when the one before is still being written.
     """
-    if training.checkpoints is not None:
-        if state.is_finite():
-            record = state.record(training.config, training.data.content_hash)
-            training.checkpoints.save(
-                state.tensors(),
-                record,
-                state.images_seen,
-                metrics,
-                sound=sound,
-                left_behind=left_behind(state.interventions),
-                may_be_left_out=may_be_left_out,
-            )
-        else:
-            logger.warning("no checkpoint at %s images: its weights are not finite", f"{state.images_seen:,}")
-    training.worker.report({"images_seen": state.images_seen, **metrics})
+    if training.checkpoints is None:
+        return
+    if state.is_finite():
+        record = state.record(training.config, training.data.content_hash)
+        training.checkpoints.save(
+            state.tensors(),
+            record,
+            state.images_seen,
+            metrics,
+            sound=sound,
+            left_behind=left_behind(state.interventions),
+            may_be_left_out=may_be_left_out,
+        )
+    else:
+        logger.warning("no checkpoint at %s images: its weights are not finite", f"{state.images_seen:,}")

@@ -137,6 +137,7 @@ class Pulse:
         self._images_seen = 0
         self._alive = clock()
         self._update_began: float | None = None
+        self._first_update: float | None = None
         self._updates: deque[float] = deque(maxlen=_UPDATES)
         self._retries = store_statistics().retries
         self._over = False
@@ -147,6 +148,8 @@ class Pulse:
         if phase == "update":
             if self._update_began is not None:
                 self._updates.append(now - self._update_began)
+            if self._first_update is None:
+                self._first_update = now
             self._update_began = now
         self._phase, self._images_seen, self._alive = phase, images_seen, now
 
@@ -157,6 +160,11 @@ class Pulse:
     def over(self) -> None:
         """The rank has done all that it had to do."""
         self._over = True
+
+    @property
+    def training_seconds(self) -> float:
+        """Since the first update began; 0 before."""
+        return 0.0 if self._first_update is None else self._clock() - self._first_update
 
     def read(self) -> Mark:
         """Where the rank is now. One thread alone may read."""

@@ -24,6 +24,8 @@ from pipeline.training.watchdog import Phase, Pulse
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 POLL_SECONDS = 2.0
+TRAINING_SECONDS = "training_seconds"
+"""Under this name a worker that tells others of an evaluation adds how long it has trained so far."""
 
 logger = logging.getLogger(__name__)
 
@@ -55,9 +57,10 @@ class Worker(Protocol):
         """Returns when every rank has called it."""
 
     def report(self, metrics: Mapping[str, float]) -> None:
-        """Tells whoever started the worker how far it is.
+        """Tells whoever started the worker what an evaluation found.
 
-        Every rank must call it equally often.
+        Every rank must call it equally often. It may last until the one who is told has decided
+        whether the training is to go on.
         """
 
     def stop_wanted(self) -> bool:

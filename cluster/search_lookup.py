@@ -1,0 +1,84 @@
+"""A search before it starts and as it is now: the draws of a dry run, and its report."""
+
+import os
+from typing import Any
+
+import torch
+from pipeline.search.report import write_report
+
+from cluster.conductor import Fits
+from cluster.searching import GIB, Plan, fits
+from cluster.trial_table import COLUMNS, in_short, ranked_rows
+from pipeline import config_file, estimate, progress
+from pipeline import store as stores
+from pipeline.progress import duration, say
+from pipeline.search import ledger as ledgers
+from pipeline.search.definition import Definition
+from pipeline.search.ledger import Trial
+from pipeline.search.proposing import propose
+
+RANKED_COLUMNS = {"rank": "RANK", **COLUMNS}
+
+
+def report(name: str, store: str | None) -> tuple[list[dict[str, Any]], dict[str, str], str]:
+    """The trials of a search as rows, the best first, their columns, and where the report was written."""
+    located = stores.locate(store)
+    record = ledgers.known_search(located, name)
+    definition = Definition.from_plain(record.definition)
+    trials = ledgers.read_trials(ledgers.folder(located, name))
+    rows = ranked_rows(trials, definition.search.compare)
+    return rows, RANKED_COLUMNS, write_report(located, name)
+
+
+SHOWN_DRAWS = 10
+"""Of a dry run."""
+
+
+def show_draws(plan: Plan) -> None:
+    """Print trials as they would be drawn, with what each would need.
+
+    The time of a trial is that on this machine's device, by a few updates of the run's own model and
+    the operations that each trial's model takes.
+    """
+    definition = plan.definition
+    for warning in definition.warnings():
+        say(f"Warning: {warning}")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind = "GPU" if device.type == "cuda" else "CPU"
+    concurrent = plan.concurrent or max((os.cpu_count() or 1) // plan.workers, 1)
+    misfit = fits(plan, kind, concurrent)
+    say(f"Measuring the run's own model on this machine's {kind} ...")
+    speed = estimate.achieved_flops(definition.base, device)
+    drawn: list[Trial] = []
+    for number in range(1, min(plan.trials or SHOWN_DRAWS, SHOWN_DRAWS) + 1):
+        draw = propose(definition, drawn, number)
+        if draw is None:
+            break
+        drawn.append(Trial(number, draw, definition.space.settings(draw)))
+    progress.table((_draw_row(plan, trial, misfit, speed) for trial in drawn), DRAW_COLUMNS)
+
+
+DRAW_COLUMNS = {
+    "trial": "TRIAL",
+    "settings": "SETTINGS",
+    "parameters": "PARAMETERS",
+    "memory_gib": "GIB",
+    "time": "TIME",
+    "problem": "PROBLEM",
+}
+
+
+def _draw_row(plan: Plan, trial: Trial, misfit: Fits, speed: float) -> dict[str, Any]:
+    try:
+        config = plan.definition.with_settings(trial.settings)
+    except config_file.ConfigError as error:
+        return {"trial": trial.number, "settings": in_short(trial.settings), "problem": str(error)}
+    needs = estimate.estimate(config, plan.workers)
+    return {
+        "trial": trial.number,
+        "settings": in_short(trial.settings),
+        "parameters": f"{needs.parameters:,}",
+        "memory_gib": needs.memory_bytes / GIB,
+        "time": duration(estimate.training_seconds(needs, config, speed, plan.workers)),
+        "problem": misfit(plan.definition, dict(trial.settings)) or None,
+    }

@@ -1,0 +1,323 @@
+# B images; L latents of an image, all groups together.
+"""What a run asks of each of its workers: parameters, memory, work. Known before there is a device.
+
+The model, its optimizer and its average are made on torch's meta device, where tensors have shapes,
+types and storages, but neither values nor memory, and one update is made there. A ledger notes when
+each storage comes and goes and what each operation computes. So the peak is that of everything
+together: what the backward pass keeps and what it computes again, gradients, copies that live for
+a moment only. The update is that of nvae/step.py written out once more, without what cannot be
+asked of tensors without values; tests compare both.
+
+Rejected: adding up weights, gradients and what is saved for the backward pass, with an allowance
+for the rest (the penalties' stacked weights and the optimizer's copy of the gradients are each as
+large as the model, and only their moment decides whether they count); torch's fake tensors, with
+which nvae/step.py itself runs and autocast works, but each operation takes 0.3 ms (5 s for the
+smallest preset); a small model on the CPU, enlarged by rule.
+
+Not counted are the workspaces of kernels, what the allocator loses between its blocks, and
+evaluations. So what is estimated to need more than a device has cannot be trained there; what is
+estimated to need barely less may fail all the same.
+"""
+
+import time
+import weakref
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from nvae import objective
+from nvae.collectives import backward
+from nvae.health import Buffers
+from nvae.layers import shared_weights
+from nvae.model import NVAE
+from nvae.noise import by_group, image_noise
+from nvae.pixels import to_model
+from nvae.spectral import batch_norm_scale_penalty
+from nvae.step import Coefficients, StepSettings, make_ema, make_optimizer, update
+from pipeline.config import RunConfig
+
+MEASURED_UPDATES = 3
+"""Of `achieved_flops`, after one that is not measured: its penalties take ten times the work."""
+
+_aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run asks of each of its workers."""
+
+    parameters: int
+    """Numbers that are trained."""
+    memory_bytes: int
+    """Of all tensors on the worker's device at the peak of an update; see above for what is not in it."""
+    flops_per_image: float
+    """Multiplications and additions of one update, forward and backward, per image of the worker's
+    share: those of convolutions and matrix products, what is recomputed included."""
+
+
+def estimate(config: RunConfig, workers: int = 1) -> Estimate:
+    """What each of `workers` that share `train.batch_size` needs to train by `config`.
+
+    Takes seconds, whatever the size of the batch, and no memory to speak of.
+    """
+    share = -(-config.train.batch_size // workers)
+    parts = -(-share // (config.train.micro_batch_size or share))
+    largest = -(-share // parts)
+    if config.model.latent_shapes[0][-1] == 1:
+        # A batch norm of one value refuses; with other workers' images it would not.
+        largest = max(largest, 2)
+    # Two parts stand for any number. Where workers exchange gradients, the room of these is never given
+    # back, just as it is taken from the second part on.
+    shown = 2 if parts > 1 or workers > 1 else 1
+    ledger = _imagine(config, largest * shown, shown)
+    of_weights, of_images = ledger.flops_of_weights, ledger.flops_of_images
+    return Estimate(
+        parameters=ledger.parameters,
+        memory_bytes=ledger.peak_bytes + (share - largest * shown) * _input_bytes(config),
+        flops_per_image=of_images / (largest * shown) + of_weights / share,
+    )
+
+
+def achieved_flops(config: RunConfig, device: torch.device) -> float:
+    """FLOP/s of this device in the shortest of a few updates of one micro-batch of noise.
+
+    Without `train.micro_batch_size` that is the whole batch, as one worker would hold it.
+    """
+    images = config.train.micro_batch_size or config.train.batch_size
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.train.seed)
+        model = _model(config).to(device)
+    optimizer = make_optimizer(model, config.optimizer.weight_decay)
+    ema = make_ema(model, config.optimizer.ema_decay)
+    shape = (images, config.model.image_channels, config.model.image_size, config.model.image_size)
+    levels = 2 if config.model.likelihood == "bernoulli" else 256
+    generator = torch.Generator().manual_seed(config.train.seed)
+    pictures = torch.randint(0, levels, shape, dtype=torch.uint8, generator=generator).to(device)
+    noise = image_noise(range(images), config.model, device, seed=config.train.seed)
+    seconds = []
+    for _ in range(1 + MEASURED_UPDATES):
+        began = time.perf_counter()
+        _update(config, model, optimizer, pictures, noise, ema=ema)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - began)
+    ledger = _imagine(config, images, parts=1)
+    return (ledger.flops_of_images + ledger.flops_of_weights) / min(seconds[1:])
+
+
+def training_seconds(
+    estimate: Estimate, config: RunConfig, flops_per_second: float, workers: int = 1
+) -> float:
+    """How long `workers` take for `train.total_images` at that rate each, if none waits for another.
+
+    The start, evaluations and checkpoints come on top.
+    """
+    return estimate.flops_per_image * config.train.total_images / (flops_per_second * workers)
+
+
+# --- one update -------------------------------------------------------------------------------
+
+
+def _model(config: RunConfig) -> NVAE:
+    model = NVAE(config.model)
+    model.set_activation_checkpointing(config.train.activation_checkpointing)
+    return model
+
+
+def _update(
+    config: RunConfig,
+    model: NVAE,
+    optimizer: Optimizer,
+    images: Tensor,
+    noise: Tensor,
+    parts: int = 1,
+    ema: AveragedModel | None = None,
+) -> None:
+    """One as in a training while its KL warms up, but that the weights stay what they are."""
+    update(
+        model,
+        optimizer,
+        images,
+        Coefficients(learning_rate=0.0, kl=0.5, spectral=config.objective.spectral_coefficient),
+        StepSettings(
+            precision=config.train.precision,
+            micro_batches=parts,
+            kl_balancing=config.objective.kl_balancing,
+            gradient_clip_norm=config.optimizer.gradient_clip_norm,
+        ),
+        noise=noise,
+        flip=torch.zeros(len(images), dtype=torch.bool, device=images.device),
+        weights=torch.ones(len(images), device=images.device),
+        ema=ema,
+    )
+
+
+def _input_bytes(config: RunConfig) -> int:
+    """Of one image of a worker's share: it as it was read and as it was mirrored, noise, flag, weight."""
+    model = config.model
+    return 2 * model.image_channels * model.image_size**2 + 4 * model.num_latents + 1 + 4
+
+
+# --- the same without values ------------------------------------------------------------------
+
+
+def _imagine(config: RunConfig, images: int, parts: int) -> "_Ledger":
+    """The ledger of one update that a worker makes with so many images, in so many parts."""
+    shape = config.model
+    ledger = _Ledger()
+    with ledger, torch.device("meta"):
+        model = _model(config)
+        optimizer = make_optimizer(model, config.optimizer.weight_decay)
+        ema = make_ema(model, config.optimizer.ema_decay)
+        for parameter in model.parameters():
+            parameter.grad = torch.empty_like(parameter)
+        optimizer.step()  # The first one makes its state.
+        pictures = torch.empty(images, shape.image_channels, *[shape.image_size] * 2, dtype=torch.uint8)
+        noise = torch.empty(images, shape.num_latents)
+        weights = torch.empty(images)
+        ledger.begin()
+        optimizer.zero_grad()
+        before, mirrored = Buffers(model), pictures.flip(-1)
+        batches = zip(*(x.tensor_split(parts) for x in (mirrored, noise, weights)), strict=True)
+        with _Autocast():
+            for number, batch in enumerate(batches, 1):
+                with shared_weights(model):
+                    loss = _loss(config, model, *batch)
+                    if number == parts and config.objective.spectral_coefficient:
+                        loss = loss + model.spectral() + batch_norm_scale_penalty(model)
+                    backward(loss)
+                del loss
+        optimizer.step()
+        ema.update_parameters(model)
+        del before
+    ledger.parameters = sum(parameter.numel() for parameter in model.parameters())
+    return ledger
+
+
+def _loss(config: RunConfig, model: NVAE, images: Tensor, noise: Tensor, weights: Tensor) -> Tensor:
+    """While the KL warms up, when it is balanced."""
+    levels = to_model(images, config.model)
+    with torch.autocast("cpu", torch.bfloat16, enabled=config.train.precision == "bf16"):
+        output = model(levels, by_group(noise, config.model))
+    reconstruction = objective.reconstruction(output, levels, config.model)
+    kl = objective.kl_per_channel(output).sum(dim=2)
+    if config.objective.kl_balancing:
+        kl = objective.balance(kl.detach(), weights, config.model) * kl
+    return (weights * (reconstruction + kl.sum(dim=1))).sum()
+
+
+class _Autocast(TorchFunctionMode):
+    """Lets tensors without values seem to be on the CPU, and does for them what autocast does there.
+
+    On a GPU it does the same to what an NVAE is made of.
+    """
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is _device_of:
+            return torch.device("cpu")
+        if torch.is_autocast_enabled("cpu"):
+            if func in (F.conv2d, F.linear):
+                args = [x.bfloat16() if isinstance(x, Tensor) else x for x in args]
+            elif func is F.interpolate:
+                args = [args[0].float(), *args[1:]]
+        return func(*args, **kwargs)
+
+
+_device_of = Tensor.device.__get__  # type: ignore[attr-defined]
+
+
+# --- the ledger -------------------------------------------------------------------------------
+
+
+class _Ledger(TorchDispatchMode):
+    """Notes what the operations within it allocate and compute, and answers for values that are not there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parameters = 0
+        self.peak_bytes = 0
+        """Of the storages that lived at the same time, since `begin`."""
+        self._live_bytes = 0
+        self._storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self._flops: Counter[Any] = Counter()
+
+    def begin(self) -> None:
+        """What lives now is all that is kept of what was."""
+        self.peak_bytes = self._live_bytes
+        self._flops.clear()
+
+    @property
+    def flops_of_weights(self) -> int:
+        """Of the spectral penalty, once per update: the only one that multiplies stacks of matrices."""
+        return self._flops[_aten.bmm]
+
+    @property
+    def flops_of_images(self) -> int:
+        return self._flops.total() - self.flops_of_weights
+
+    def __torch_dispatch__(
+        self,
+        func: OpOverload,
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> object:
+        kwargs = kwargs or {}
+        if func is _aten._local_scalar_dense.default:
+            # Every number that the host asks for is one: layers are initialized, singular vectors warm, the
+            # loss is finite. So the update is made, and it is not the first.
+            return _one(args[0].dtype)
+        if func is _aten.batch_norm_update_stats.default:
+            result: object = _statistics(args[0])
+        else:
+            result = func(*args, **kwargs)
+        formula = flop_registry.get(func.overloadpacket)
+        if formula is not None:
+            self._flops[func.overloadpacket] += formula(*args, **kwargs, out_val=result)
+        for tensor in result if isinstance(result, list | tuple) else (result,):
+            if isinstance(tensor, Tensor):
+                self._note(tensor.untyped_storage())
+        return result
+
+    def _note(self, storage: torch.UntypedStorage) -> None:
+        """A view has the storage of another tensor."""
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._storages:
+            return
+        self._storages[key] = weakref.ref(storage, partial(self._forget, key, size))
+        self._live_bytes += size
+        self.peak_bytes = max(self.peak_bytes, self._live_bytes)
+
+    def _forget(self, key: int, size: int, _: object) -> None:
+        del self._storages[key]
+        self._live_bytes -= size
+
+
+def _one(dtype: torch.dtype) -> bool | int | float:
+    if dtype == torch.bool:
+        return True
+    return 1.0 if dtype.is_floating_point else 1
+
+
+def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """What torch.batch_norm_update_stats returns, for which torch knows no shapes."""
+    return x.new_empty(x.shape[1]), x.new_empty(x.shape[1])
