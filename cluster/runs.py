@@ -9,6 +9,7 @@ from typing import Any
 from pipeline import lease, run_folder, settings
 from pipeline import store as stores
 from pipeline.run_folder import RunRecord
+from pipeline.search import ledger
 from pipeline.training.checkpoint import BEST_METRIC, Checkpoint, checkpoints
 from pipeline.training.interventions import Kind
 from pipeline.training.latest import newest_line, trouble
@@ -83,13 +84,17 @@ def describe(name: str, store: str | None) -> dict[str, Any]:
 
 
 def stop(name: str, store: str | None) -> str:
-    """Ask a run to stop; returns what to tell the user."""
+    """Ask a run, or a search with all its trials, to stop; returns what to tell the user."""
     located = stores.locate(store)
-    run_folder.known_record(located, name)
-    url = run_folder.folder(located, name)
+    is_search = name in ledger.names(located)
+    if not is_search:
+        run_folder.known_record(located, name)
+    url = ledger.folder(located, name) if is_search else run_folder.folder(located, name)
     if lease.holder(url) is None:
         return f"Nobody is running {name}."
     run_folder.request_stop(url)
+    if is_search:
+        return f"The trials of {name} will write checkpoints, and the search stops within seconds."
     return f"{name} will write a checkpoint and stop within seconds."
 
 

@@ -4,7 +4,6 @@ import os
 from typing import Any
 
 import torch
-from pipeline.search.report import write_report
 
 from cluster.conductor import Fits
 from cluster.searching import GIB, Plan, fits
@@ -16,6 +15,7 @@ from pipeline.search import ledger as ledgers
 from pipeline.search.definition import Definition
 from pipeline.search.ledger import Trial
 from pipeline.search.proposing import propose
+from pipeline.search.report import write_report
 
 RANKED_COLUMNS = {"rank": "RANK", **COLUMNS}
 

@@ -63,7 +63,7 @@ def plan(
         )
     located = stores.locate(store)
     if from_trial is not None and config is not None and "=" in config:
-        config, overrides = None, (config, *overrides)
+        overrides, config = (config, *overrides), None
     loaded = _settings(config, overrides, from_trial, located)
     chosen_name = name or PurePosixPath(config or f"{from_trial}-full".replace("/", "-")).stem
     run_folder.folder(located, chosen_name)  # refuses what is no name

@@ -146,6 +146,8 @@ class TrialTraining:
         self._clock = _Clock(trial, self._run_url, shared.workers)
         for images_seen, bits in missed(self._run_url, trial):
             self._tell(images_seen, bits, self._clock.estimate(images_seen))
+        if self._leaving:
+            return {"state": "stopped", "reason": ""}
         prepared = prepare(
             trial_config(shared, trial),
             name=self._run_name,

@@ -15,8 +15,6 @@ from contextlib import contextmanager
 from pathlib import PurePosixPath
 from typing import Any
 
-from pipeline.search.report import write_report
-
 from cluster.models import tracking_uri
 from cluster.searching import Plan, search
 from pipeline import lease, run_folder, storage
@@ -34,6 +32,7 @@ from pipeline.search import ledger as ledgers
 from pipeline.search import ranking, reading
 from pipeline.search.definition import Definition, changes
 from pipeline.search.ledger import SearchRecord, Trial
+from pipeline.search.report import write_report
 from pipeline.settings import flatten
 from pipeline.training.tracking import conclude, create_run
 from pipeline.width import Workers

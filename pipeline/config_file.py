@@ -12,7 +12,7 @@ from typing import Any
 from pipeline import config_yaml, storage
 from pipeline.config import RunConfig
 from pipeline.config_draft import ConfigError, Draft, Given, Problem, presets, read, unknown
-from pipeline.settings import Setting, flatten, resumable, settings
+from pipeline.settings import Setting, flatten, resumable, search_settings, settings
 
 __all__ = ["ConfigError", "Problem", "presets"]
 
@@ -92,23 +92,32 @@ class Explanation:
     def __str__(self) -> str:
         setting = self.setting
         default = "required" if setting.required else f"default {as_text(setting.default)}"
-        change = "may change when a run continues" if setting.resumable else "part of the run's identity"
+        whole = "search" if setting.path.startswith("search.") else "run"
+        change = (
+            f"may change when a {whole} continues" if setting.resumable else f"part of the {whole}'s identity"
+        )
         values = ", ".join(f"{name} {as_text(value)}" for name, value in self.presets.items())
-        return (
-            f"{setting.path}: {setting.allowed}; {default}; {change}\n"
-            f"    {setting.description}\n"
-            f"    Presets: {values}"
+        return f"{setting.path}: {setting.allowed}; {default}; {change}\n    {setting.description}" + (
+            f"\n    Presets: {values}" if values else ""
         )
 
 
 def explain(path: str) -> tuple[Explanation, ...]:
-    """What a setting means, or all settings of a section. Raises ConfigError for another path."""
-    chosen = [setting for setting in settings().values() if f"{setting.path}.".startswith(f"{path}.")]
+    """What a setting means, or all settings of a section; `search` is that of searches.
+
+    Raises ConfigError for another path.
+    """
+    known = settings() | search_settings()
+    chosen = [setting for setting in known.values() if f"{setting.path}.".startswith(f"{path}.")]
     if not chosen:
         raise ConfigError([Problem("", path, unknown(path))])
     values = {name: leaves(load(name)) for name in presets()}
     return tuple(
-        Explanation(setting, {name: values[name][setting.path] for name in values}) for setting in chosen
+        Explanation(
+            setting,
+            {name: each[setting.path] for name, each in values.items() if setting.path in each},
+        )
+        for setting in chosen
     )
 
 

@@ -24,13 +24,14 @@ import weakref
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from functools import cache, partial
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._ops import OpOverload
+from torch.autograd import Variable
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 from torch.overrides import TorchFunctionMode
@@ -38,7 +39,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from nvae import objective
-from nvae.collectives import backward
 from nvae.health import Buffers
 from nvae.layers import shared_weights
 from nvae.model import NVAE
@@ -78,15 +78,13 @@ def estimate(config: RunConfig, workers: int = 1) -> Estimate:
     if config.model.latent_shapes[0][-1] == 1:
         # A batch norm of one value refuses; with other workers' images it would not.
         largest = max(largest, 2)
-    # Two parts stand for any number. Where workers exchange gradients, the room of these is never given
-    # back, just as it is taken from the second part on.
-    shown = 2 if parts > 1 or workers > 1 else 1
-    ledger = _imagine(config, largest * shown, shown)
-    of_weights, of_images = ledger.flops_of_weights, ledger.flops_of_images
+    # The last part needs most: it has the penalties, and finds the gradients of those before it. Where
+    # workers exchange gradients, the room of these is never given back.
+    ledger = _imagine(config, largest, keeping_gradients=parts > 1 or workers > 1)
     return Estimate(
         parameters=ledger.parameters,
-        memory_bytes=ledger.peak_bytes + (share - largest * shown) * _input_bytes(config),
-        flops_per_image=of_images / (largest * shown) + of_weights / share,
+        memory_bytes=ledger.peak_bytes + (share - largest) * _input_bytes(config),
+        flops_per_image=ledger.flops_of_images / largest + ledger.flops_of_weights / share,
     )
 
 
@@ -109,11 +107,11 @@ def achieved_flops(config: RunConfig, device: torch.device) -> float:
     seconds = []
     for _ in range(1 + MEASURED_UPDATES):
         began = time.perf_counter()
-        _update(config, model, optimizer, pictures, noise, ema=ema)
+        _update(config, model, optimizer, pictures, noise, ema)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - began)
-    ledger = _imagine(config, images, parts=1)
+    ledger = _imagine(config, images, keeping_gradients=False)
     return (ledger.flops_of_images + ledger.flops_of_weights) / min(seconds[1:])
 
 
@@ -142,8 +140,7 @@ def _update(
     optimizer: Optimizer,
     images: Tensor,
     noise: Tensor,
-    parts: int = 1,
-    ema: AveragedModel | None = None,
+    ema: AveragedModel,
 ) -> None:
     """One as in a training while its KL warms up, but that the weights stay what they are."""
     update(
@@ -153,7 +150,6 @@ def _update(
         Coefficients(learning_rate=0.0, kl=0.5, spectral=config.objective.spectral_coefficient),
         StepSettings(
             precision=config.train.precision,
-            micro_batches=parts,
             kl_balancing=config.objective.kl_balancing,
             gradient_clip_norm=config.optimizer.gradient_clip_norm,
         ),
@@ -173,8 +169,8 @@ def _input_bytes(config: RunConfig) -> int:
 # --- the same without values ------------------------------------------------------------------
 
 
-def _imagine(config: RunConfig, images: int, parts: int) -> "_Ledger":
-    """The ledger of one update that a worker makes with so many images, in so many parts."""
+def _imagine(config: RunConfig, images: int, keeping_gradients: bool) -> "_Ledger":
+    """The ledger of one update with so many images; perhaps with gradients that are there already."""
     shape = config.model
     ledger = _Ledger()
     with ledger, torch.device("meta"):
@@ -188,17 +184,24 @@ def _imagine(config: RunConfig, images: int, parts: int) -> "_Ledger":
         noise = torch.empty(images, shape.num_latents)
         weights = torch.empty(images)
         ledger.begin()
-        optimizer.zero_grad()
+        if not keeping_gradients:
+            optimizer.zero_grad()
         before, mirrored = Buffers(model), pictures.flip(-1)
-        batches = zip(*(x.tensor_split(parts) for x in (mirrored, noise, weights)), strict=True)
-        with _Autocast():
-            for number, batch in enumerate(batches, 1):
-                with shared_weights(model):
-                    loss = _loss(config, model, *batch)
-                    if number == parts and config.objective.spectral_coefficient:
-                        loss = loss + model.spectral() + batch_norm_scale_penalty(model)
-                    backward(loss)
-                del loss
+        with _Autocast(), shared_weights(model):
+            loss = _loss(config, model, mirrored, noise, weights)
+            if config.objective.spectral_coefficient:
+                loss = loss + model.spectral() + batch_norm_scale_penalty(model)
+            # Loss.backward() is one of torch's functions, and within such no mode for functions holds.
+            Variable._execution_engine.run_backward(
+                (loss,),
+                (torch.ones_like(loss),),
+                False,
+                False,
+                (),
+                allow_unreachable=True,
+                accumulate_grad=True,
+            )
+            del loss
         optimizer.step()
         ema.update_parameters(model)
         del before
@@ -259,6 +262,7 @@ class _Ledger(TorchDispatchMode):
         self._live_bytes = 0
         self._storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self._flops: Counter[Any] = Counter()
+        self._results: dict[object, Any] = {}
 
     def begin(self) -> None:
         """What lives now is all that is kept of what was."""
@@ -280,23 +284,43 @@ class _Ledger(TorchDispatchMode):
         types: Sequence[type],
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
-    ) -> object:
+    ) -> Any:
         kwargs = kwargs or {}
         if func is _aten._local_scalar_dense.default:
-            # Every number that the host asks for is one: layers are initialized, singular vectors warm, the
-            # loss is finite. So the update is made, and it is not the first.
-            return _one(args[0].dtype)
-        if func is _aten.batch_norm_update_stats.default:
-            result: object = _statistics(args[0])
-        else:
-            result = func(*args, **kwargs)
-        formula = flop_registry.get(func.overloadpacket)
-        if formula is not None:
-            self._flops[func.overloadpacket] += formula(*args, **kwargs, out_val=result)
-        for tensor in result if isinstance(result, list | tuple) else (result,):
-            if isinstance(tensor, Tensor):
-                self._note(tensor.untyped_storage())
+            # Every number that the host asks for is one: layers are initialized, singular vectors warm.
+            return True if args[0].dtype == torch.bool else 1.0 if args[0].is_floating_point() else 1
+        with torch._C.DisableTorchFunction():
+            result = self._result(func, args, kwargs)
+            formula = flop_registry.get(func.overloadpacket)
+            if formula is not None:
+                self._flops[func.overloadpacket] += formula(*args, **kwargs, out_val=result)
+            for tensor in result if isinstance(result, list | tuple) else (result,):
+                if isinstance(tensor, Tensor):
+                    self._note(tensor.untyped_storage())
         return result
+
+    def _result(self, func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Of the operation, or made anew like that of the same one before: torch finds the shapes of most
+        operations in Python, which takes ten times as long."""
+        if func is _aten.batch_norm_update_stats.default:
+            # For which torch knows no shapes.
+            return args[0].new_empty(args[0].shape[1]), args[0].new_empty(args[0].shape[1])
+        kind = _kind(func)
+        if kind == "in place":
+            return args[0]
+        if kind == "each in place":
+            return None
+        if kind == "each":
+            return [torch.empty_like(tensor) for tensor in args[0]]
+        if kind == "other":
+            return func(*args, **kwargs)
+        key = (func, _described(args), _described(tuple(kwargs.items())))
+        if key not in self._results:
+            result = func(*args, **kwargs)
+            if all(x is None or x.is_meta for x in (result if isinstance(result, tuple) else (result,))):
+                self._results[key] = _described(result)
+            return result
+        return _made(self._results[key])
 
     def _note(self, storage: torch.UntypedStorage) -> None:
         """A view has the storage of another tensor."""
@@ -312,12 +336,47 @@ class _Ledger(TorchDispatchMode):
         self._live_bytes -= size
 
 
-def _one(dtype: torch.dtype) -> bool | int | float:
-    if dtype == torch.bool:
-        return True
-    return 1.0 if dtype.is_floating_point else 1
+_Kind = Literal["new", "each", "in place", "each in place", "other"]
 
 
-def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    """What torch.batch_norm_update_stats returns, for which torch knows no shapes."""
-    return x.new_empty(x.shape[1]), x.new_empty(x.shape[1])
+@cache
+def _kind(func: OpOverload) -> _Kind:
+    """Whether the operation makes tensors whose shapes its arguments decide, or fills its first argument,
+    or does that for each tensor of a list."""
+    schema = func._schema
+    of_each = func.name().startswith("aten::_foreach_")
+    written = [a.alias_info is not None and a.alias_info.is_write for a in schema.arguments]
+    if any(written):
+        if of_each and written[0] and not schema.returns:
+            return "each in place"
+        plain = written[0] and len(schema.returns) == 1 and torch.Tag.inplace_view not in func.tags
+        return "in place" if plain else "other"
+    if of_each:
+        return "each"
+    new = all(str(r.type) == "Tensor" and r.alias_info is None for r in schema.returns)
+    return "new" if new and schema.returns and func is not _aten._unsafe_view.default else "other"
+
+
+@dataclass(frozen=True)
+class _Shape:
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    is_meta: bool
+
+
+def _described(value: Any) -> Any:
+    """Equal for arguments of which an operation makes results of the same shapes."""
+    if isinstance(value, Tensor):
+        return _Shape(tuple(value.shape), value.stride(), value.dtype, value.is_meta)
+    if isinstance(value, list | tuple):
+        return tuple(map(_described, value))
+    return type(value), value
+
+
+def _made(described: Any) -> Any:
+    if isinstance(described, _Shape):
+        return torch.empty_strided(described.size, described.stride, dtype=described.dtype, device="meta")
+    if described == (type(None), None):
+        return None
+    return tuple(map(_made, described))

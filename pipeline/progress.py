@@ -162,8 +162,10 @@ class LiveTable:
             self._live.stop()
 
     def show(self, rows: Iterable[Mapping[str, object]]) -> None:
-        """These are the rows now."""
+        """These are the rows now; of more than a terminal holds, the last."""
         rows = list(rows)
+        if self._live is not None:
+            rows = rows[-max(self._console.height - 4, 1) :]
         cells = [[_cell(row.get(key)) for key in self._columns] for row in rows]
         if self._live is not None:
             self._live.update(_grid(rows, self._columns, cells), refresh=True)

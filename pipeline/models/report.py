@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-WIDTH = 8.2
-"""Of a figure, in inches of 72 points."""
+WIDTH, WIDEST = 8.2, 9.7
+"""Of figures, in inches of 72 points; the page is as wide as the widest."""
 
 # -- HTML ---------------------------------------------------------------------------------
 
@@ -179,7 +179,7 @@ _STYLE = (
 :root{color-scheme:light dark}
 body{margin:0;background:var(--page);color:var(--ink);
   font:16px/1.5 system-ui,"Segoe UI",Roboto,Arial,sans-serif}
-main{max-width:62rem;margin:0 auto;padding:1.5rem 1.25rem 4rem}
+main{max-width:66rem;margin:0 auto;padding:1.5rem 1.25rem 4rem}
 h1{font-size:1.7rem;line-height:1.2;margin:.5rem 0 1rem}
 h2{font-size:1.2rem;margin:2.5rem 0 .6rem;padding-bottom:.25rem;border-bottom:1px solid var(--line)}
 h3{font-size:1rem;margin:1.5rem 0 .4rem}
@@ -187,7 +187,7 @@ p{max-width:46rem;margin:.6rem 0}
 .note,figcaption{color:var(--faint);font-size:.875rem}
 .wide{overflow-x:auto;margin:.8rem 0}
 table{border-collapse:collapse;font-size:.875rem;font-variant-numeric:tabular-nums}
-th,td{padding:.25rem .75rem .25rem 0;text-align:left;vertical-align:top;border-bottom:1px solid var(--line)}
+th,td{padding:.25rem .65rem .25rem 0;text-align:left;vertical-align:top;border-bottom:1px solid var(--line)}
 thead th{color:var(--faint);font-weight:600;vertical-align:bottom;overflow-wrap:break-word}
 .facts th{color:var(--faint);font-weight:400;white-space:nowrap}
 td{overflow-wrap:break-word;max-width:30rem}
@@ -287,6 +287,8 @@ def parallel(
 ) -> Markup:
     """A line for each subject through its value on every axis; coloured by its score, the last axis."""
     scale = _Scale([subject for subject, _ in subjects])
+    width = min(WIDEST, 1.6 * (len(axes) + 1.7))
+    letters = int(width * 72 / (len(axes) + 1.7) / 4.8)
 
     def paint(figure: "Figure") -> None:
         plot = figure.subplots()
@@ -297,11 +299,19 @@ def parallel(
             plot.plot(range(len(axes) + 1), [*ends, scale.place(subject)], **scale.line(subject))
         for at, axis in enumerate(axes):
             incomplete = any(axis.name not in values for _, values in subjects)
-            _upright(plot, at, axis.label, axis.ticks(), "not drawn" if incomplete else "", _ABSENT)
-        failed = any(subject.score is None for subject, _ in subjects)
-        _upright(plot, len(axes), "bits/dim", scale.ticks(), "failed" if failed else "", _FAILED)
+            _upright(
+                plot, at, axis.label, axis.ticks(), letters, *([(_ABSENT, "not drawn")] if incomplete else [])
+            )
+        _upright(
+            plot,
+            len(axes),
+            "bits/dim",
+            scale.ticks(),
+            letters,
+            *([(_FAILED, "failed")] if scale.has_failed else []),
+        )
 
-    return _drawn(name, WIDTH, 3.7, paint, f"{caption} {scale.remark}")
+    return _drawn(name, width, 3.7, paint, f"{caption} {scale.remark}")
 
 
 _ABSENT, _FAILED = -0.13, 1.12
@@ -309,17 +319,23 @@ _ABSENT, _FAILED = -0.13, 1.12
 
 
 def _upright(
-    plot: "Axes", at: float, label: str, ticks: Iterable[tuple[float, str]], other: str, other_place: float
+    plot: "Axes",
+    at: float,
+    label: str,
+    ticks: Iterable[tuple[float, str]],
+    letters: int,
+    *others: tuple[float, str],
 ) -> None:
+    """An axis with its name in lines of so many letters, and what lies beside its range."""
     plot.plot([at, at], [0, 1], color=_FAINT, linewidth=1, zorder=8)
     box = {"facecolor": _PAGE, "edgecolor": "none", "alpha": 0.8, "pad": 0.8}
-    for place, text in [*ticks, *([(other_place, other)] if other else [])]:
+    for place, text in [*ticks, *others]:
         plot.plot([at - 0.02, at], [place, place], color=_FAINT, linewidth=1, zorder=8)
         plot.text(at - 0.04, place, text, ha="right", va="center", fontsize=8, bbox=box, zorder=9)
-    plot.text(at, 1.19, _wrapped(label), ha="center", va="bottom", fontsize=8.5)
+    plot.text(at, 1.19, _wrapped(label, letters), ha="center", va="bottom", fontsize=8)
 
 
-def _wrapped(label: str, width: int = 14) -> str:
+def _wrapped(label: str, width: int) -> str:
     """A setting's name in lines that end behind its points and underscores."""
     lines = [""]
     for part in re.split(r"(?<=[._ ])", label):
@@ -516,9 +532,9 @@ def _limits(scores: Sequence[float]) -> tuple[float, float]:
     if not scores:
         return 0.0, 1.0
     low, high = scores[0], scores[-1]
-    spread = statistics.median(scores) - low
-    if spread > 0:
-        high = min(high, low + 5 * spread)
+    limit = low + 4 * (statistics.median(scores) - low)
+    if low < limit < high:
+        high = low + 1.1 * (max(score for score in scores if score <= limit) - low)
     if low == high:
         return low - 0.5, high + 0.5
     return low, high

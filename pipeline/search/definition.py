@@ -69,7 +69,7 @@ class Definition:
 
     def _latest_warmup_end(self) -> float:
         parameters = {parameter.name: parameter for parameter in self.space.parameters}
-        shares = []
+        shares: list[float] = []
         for path in ("objective.kl_warmup_fraction", "objective.kl_constant_fraction"):
             values = [config_file.leaves(self.base)[path]]
             shares.append(max(parameters[path].probes() if path in parameters else values))

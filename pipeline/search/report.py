@@ -24,13 +24,14 @@ from pipeline.search import ledger, ranking
 from pipeline.search.definition import Definition
 from pipeline.search.ledger import FAILURES, UNFINISHED, SearchRecord, Trial
 from pipeline.search.ranking import Ranked
-from pipeline.search.space import GROUPS, Parameter
-from pipeline.settings import flatten
+from pipeline.search.space import GROUPS, STRUCTURE, Parameter
 from pipeline.training.journal import StoredJournal, decode
 from pipeline.training.run_description import redact
 
 FEWEST_SCORES = 4
 """Below this nothing is said of importance."""
+TRIALS_PER_SETTING = 10
+"""Below this what is said of it is doubtful."""
 TOTAL = f"{GROUPS}.total"
 SPECTRAL = "objective.spectral_coefficient"
 _REASON_LENGTH = 160
@@ -398,9 +399,11 @@ def _importance_of(search: _Search, basis: _Basis, name: str) -> Markup:
     few = f"Too few different values or scores to tell: {unknown}." if unknown else ""
     if not rows:
         return note(f"Nothing can be told from {basis.words}. {few}")
+    thin = len(basis.trials) < TRIALS_PER_SETTING * len(rows)
+    doubt = "So few trials for so many settings: chance has a part in this. " if thin else ""
     caption = (
         f"Share of the variance of bits/dim that each setting explains alone (fANOVA), by {basis.words}; "
-        f"what is missing to 100% is their interplay. {few}"
+        f"what is missing to 100% is their interplay. {doubt}{few}"
     )
     rows.sort(key=lambda bar: -bar.value)
     return report.bars(name, rows, "percent of the variance of bits/dim", caption)
@@ -567,7 +570,7 @@ class Stage:
 
 
 def spending(trials: Sequence[Trial], rungs: Sequence[float], *, by_time: bool) -> list[Stage]:
-    """Where the device-seconds of a search went, in order of the rungs; the last is not in any evaluation."""
+    """Where the device-seconds of a search went, in order of the rungs; the last are in no evaluation."""
     bounds = [0.0, *rungs, math.inf]
     unit = "device-hours" if by_time else "images"
     names = [f"{bound / 3600:.3g}" if by_time else f"{bound:,.0f}" for bound in bounds[:-1]]
@@ -575,7 +578,8 @@ def spending(trials: Sequence[Trial], rungs: Sequence[float], *, by_time: bool) 
     for low, high, name, after in zip(bounds, bounds[1:], names, [*names[1:], ""], strict=False):
         used = [_seconds_at(each, high, by_time) - _seconds_at(each, low, by_time) for each in trials]
         label = f"{name} to {after} {unit}" if after else f"from {name} {unit} on" if rungs else "training"
-        stages.append(Stage(label, sum(seconds > 0 for seconds in used), sum(used)))
+        if any(used):
+            stages.append(Stage(label, sum(seconds > 0 for seconds in used), sum(used)))
     beside = [_spent(each) - (each.last.device_seconds if each.last else 0.0) for each in trials]
     label = "starts, lost work, work not evaluated"
     return [*stages, Stage(label, sum(seconds > 0 for seconds in beside), sum(beside))]
@@ -667,14 +671,17 @@ def _definition(search: _Search) -> Markup:
     settings = definition.search.model_dump(mode="json")
     chosen = {f"search.{name}": _shown(value) for name, value in settings.items() if value is not None}
     space = [(each.name, str(each)) for each in definition.space.parameters]
-    base = config_file.to_mapping(config_file.without_secrets(definition.base))
+    always = {
+        GROUPS if each.name in STRUCTURE else each.name
+        for each in definition.space.parameters
+        if not each.when
+    }
+    base = config_file.leaves(config_file.without_secrets(definition.base))
+    silent = {path: _shown(value) for path, value in base.items() if path not in always}
     return section(
         "The search",
         *(note(words) for words in definition.warnings()),
         report.facts({**facts, **chosen}),
         report.table(("searched setting", "drawn from"), space),
-        report.folded(
-            "All settings of a trial where the space is silent",
-            report.facts({path: _shown(value) for path, value in flatten(base)}),
-        ),
+        report.folded("All settings of a trial where the space is silent", report.facts(silent)),
     )

@@ -73,6 +73,10 @@ class Command:
         return self._process.pid
 
     @property
+    def ended(self) -> bool:
+        return self._process.poll() is not None
+
+    @property
     def said(self) -> str:
         return "\n".join(line for _, line in self.lines)
 

@@ -204,7 +204,7 @@ def test_training_ends_with_where_everything_is_and_what_to_try(home: Home, caps
 
 
 def test_a_run_whose_best_checkpoint_came_before_its_end_tells_both(home: Home) -> None:
-    plan = training.plan(home.yaml, [], "early", None, True, None, home.store, None)
+    plan = training.plan(home.yaml, [], "early", None, True, None, None, home.store, None)
     end = home.train("early")
     spec = home.begin("early")
     told = training.farewell(plan, spec, end)

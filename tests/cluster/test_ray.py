@@ -162,7 +162,7 @@ def test_an_interrupted_command_continues_at_another_width(home: Home) -> None:
     shown = [*lines, *err.splitlines(keepends=True)]
     assert shown.pop(0) == "Starting 2 Ray Train workers on 2 CPUs ...\n"
     assert shown.pop() == "Stopped. Run the same command again to continue wide.\n"
-    others = [line for line in shown if "of 4,000 images" not in line]
+    others = [line for line in shown if "bits/dim" not in line]
     assert others == [f"{signal.SIGINT.name}: stopping after a checkpoint; once more stops at once\n"]
     assert run_folder.known_record(home.store, "wide").state == "stopped"
     reached = images_saved(home.run_url("wide"))

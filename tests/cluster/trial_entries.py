@@ -43,7 +43,7 @@ def work_with_a_fault(arguments: Mapping[str, Any], worker: Worker) -> dict[str,
             os.kill(os.getpid(), signal.SIGKILL)
 
     if fault == "nan":
-        poison = {at: spoil for at in range(AT_IMAGES, 1000, 4)}
+        poison = dict.fromkeys(range(AT_IMAGES, 1000, 4), spoil)
         return run.work(arguments, Injecting(worker, poison))
     return run.work(arguments, Injecting(worker, {AT_IMAGES: strike}))
 
