@@ -245,17 +245,17 @@ class _Autocast(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-_device_of = Tensor.device.__get__  # type: ignore[attr-defined]
+_device_of = Tensor.device.__get__
 
 
 # --- the ledger -------------------------------------------------------------------------------
 
 
-class _Ledger(TorchDispatchMode):
+class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes what the operations within it allocate and compute, and answers for values that are not there."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.parameters = 0
         self.peak_bytes = 0
         """Of the storages that lived at the same time, since `begin`."""
@@ -344,7 +344,7 @@ def _kind(func: OpOverload) -> _Kind:
     """Whether the operation makes tensors whose shapes its arguments decide, or fills its first argument,
     or does that for each tensor of a list."""
     schema = func._schema
-    of_each = func.name().startswith("aten::_foreach_")
+    of_each = schema.name.startswith("aten::_foreach_")
     written = [a.alias_info is not None and a.alias_info.is_write for a in schema.arguments]
     if any(written):
         if of_each and written[0] and not schema.returns:

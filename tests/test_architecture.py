@@ -27,11 +27,13 @@ DOORS = {
     "click": ["cluster/"],
     "fsspec": ["pipeline/buckets.py", "pipeline/s3.py"],
     "google_crc32c": ["pipeline/data/sources/tfrecord.py"],
+    "matplotlib": ["pipeline/models/figures.py", "pipeline/models/svg.py"],
     "mlflow": [
         "pipeline/training/mlflow_client.py",
         "pipeline/training/delivery.py",
         "pipeline/models/registry.py",
     ],
+    "optuna": ["pipeline/search/importance.py", "pipeline/search/proposing.py"],
     "psutil": ["pipeline/training/machine.py"],
     "pydantic": ["pipeline/config.py"],
     "ray": ["cluster/"],

@@ -43,18 +43,6 @@ class Definition:
             return self.search.first_rung_device_seconds or 0.0
         return float(self.search.first_rung_images or self.base.cadence.evaluate_images)
 
-    def rungs(self) -> list[float]:
-        """Images at which a trial may be stopped, then those at which it ends; or device-seconds."""
-        rung, found = float(self.first_rung), []
-        end = float(self.base.train.total_images)
-        if self.search.scheduler == "asha":
-            if self.search.compare == "device_seconds":
-                return [rung]
-            while rung < end:
-                found.append(rung)
-                rung *= self.search.reduction_factor
-        return [*found, end]
-
     def warnings(self) -> list[str]:
         """What may be meant otherwise."""
         found = []

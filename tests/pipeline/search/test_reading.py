@@ -46,7 +46,7 @@ def test_a_file_gives_the_run_what_is_searched_and_how(read):
     definition = read()
     assert definition.base.train.total_images == 2_400
     assert definition.base.model.groups_per_scale == (1, 2, 3)
-    assert definition.rungs() == [800, 1600, 2400]
+    assert definition.first_rung == 800 and definition.search.reduction_factor == 2
     names = [parameter.name for parameter in definition.space.parameters]
     assert names == [
         "objective.kl_balancing",

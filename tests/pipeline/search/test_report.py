@@ -12,19 +12,17 @@ from hypothesis import strategies as st
 
 from pipeline import config_file
 from pipeline.config import SearchConfig
-from pipeline.models.report import Axis, element, page
+from pipeline.models.figures import Axis
+from pipeline.models.report import element, page
 from pipeline.run_folder import RunError
 from pipeline.search import ledger
 from pipeline.search.definition import Definition
 from pipeline.search.ledger import Evaluation, Ledger, SearchRecord, Trial, write_search
 from pipeline.search.ranking import rank
-from pipeline.search.report import (
-    importance,
-    kl_per_group,
-    saved_device_seconds,
-    spending,
-    write_report,
-)
+from pipeline.search.cost import saved_device_seconds, spending
+from pipeline.search.importance import importance
+from pipeline.search.report import write_report
+from pipeline.search.report_figures import kl_per_group
 from pipeline.search.space import Parameter, Space
 from pipeline.training.journal import Entry, encode
 
