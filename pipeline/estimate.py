@@ -3,8 +3,8 @@
 
 The model, its optimizer and its average are made on torch's meta device, where tensors have shapes,
 types and storages, but neither values nor memory, and one update is made there. A ledger notes when
-each storage comes and goes and what each operation computes. So the peak is that of everything
-together: what the backward pass keeps and what it computes again, gradients, copies that live for
+each storage comes and goes and what each operation computes (allocation_ledger.py). So the peak is
+that of everything together: what the backward pass keeps and what it computes again, gradients, copies that live for
 a moment only. The update is that of nvae/step.py written out once more, without what cannot be
 asked of tensors without values; tests compare both.
 
@@ -20,23 +20,18 @@ estimated to need barely less may fail all the same.
 """
 
 import time
-import weakref
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
-from typing import Any, Literal
+from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._ops import OpOverload
 from torch.autograd import Variable
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from nvae import objective
 from nvae.health import Buffers
@@ -46,12 +41,18 @@ from nvae.noise import by_group, image_noise
 from nvae.pixels import to_model
 from nvae.spectral import batch_norm_scale_penalty
 from nvae.step import Coefficients, StepSettings, make_ema, make_optimizer, update
-from pipeline.config import RunConfig
+from pipeline.allocation_ledger import AllocationLedger
+from pipeline.config import (
+    CadenceConfig,
+    DataConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    RunConfig,
+    TrainConfig,
+)
 
 MEASURED_UPDATES = 3
 """Of `achieved_flops`, after one that is not measured: its penalties take ten times the work."""
-
-_aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -80,11 +81,11 @@ def estimate(config: RunConfig, workers: int = 1) -> Estimate:
         largest = max(largest, 2)
     # The last part needs most: it has the penalties, and finds the gradients of those before it. Where
     # workers exchange gradients, the room of these is never given back.
-    ledger = _imagine(config, largest, keeping_gradients=parts > 1 or workers > 1)
+    imagined = _imagine(config, largest, keeping_gradients=parts > 1 or workers > 1)
     return Estimate(
-        parameters=ledger.parameters,
-        memory_bytes=ledger.peak_bytes + (share - largest) * _input_bytes(config),
-        flops_per_image=ledger.flops_of_images / largest + ledger.flops_of_weights / share,
+        parameters=imagined.parameters,
+        memory_bytes=imagined.peak_bytes + (share - largest) * _input_bytes(config),
+        flops_per_image=imagined.flops_of_images / largest + imagined.flops_of_weights / share,
     )
 
 
@@ -111,8 +112,8 @@ def achieved_flops(config: RunConfig, device: torch.device) -> float:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - began)
-    ledger = _imagine(config, images, keeping_gradients=False)
-    return (ledger.flops_of_images + ledger.flops_of_weights) / min(seconds[1:])
+    imagined = _imagine(config, images, keeping_gradients=False)
+    return (imagined.flops_of_images + imagined.flops_of_weights) / min(seconds[1:])
 
 
 def training_seconds(
@@ -169,10 +170,46 @@ def _input_bytes(config: RunConfig) -> int:
 # --- the same without values ------------------------------------------------------------------
 
 
-def _imagine(config: RunConfig, images: int, keeping_gradients: bool) -> "_Ledger":
-    """The ledger of one update with so many images; perhaps with gradients that are there already."""
+@dataclass(frozen=True)
+class _Imagined:
+    """What one update would take."""
+
+    parameters: int
+    peak_bytes: int
+    flops_of_images: int
+    flops_of_weights: int
+    """Of the spectral penalty, once per update."""
+
+
+def _imagine(config: RunConfig, images: int, keeping_gradients: bool) -> _Imagined:
+    """One update with so many images; perhaps with gradients that are there already."""
+    return _imagine_once(_essence(config), images, keeping_gradients)
+
+
+def _essence(config: RunConfig) -> RunConfig:
+    """The same for all configurations whose updates allocate and compute the same."""
+    return RunConfig(
+        data=DataConfig(root="none"),
+        model=config.model,
+        objective=ObjectiveConfig(
+            spectral_coefficient=float(config.objective.spectral_coefficient > 0),
+            kl_balancing=config.objective.kl_balancing,
+        ),
+        optimizer=OptimizerConfig(weight_decay=float(config.optimizer.weight_decay > 0)),
+        train=TrainConfig(
+            total_images=1,
+            batch_size=1,
+            precision=config.train.precision,
+            activation_checkpointing=config.train.activation_checkpointing,
+        ),
+        cadence=CadenceConfig(log_images=1, evaluate_images=1, checkpoint_images=1),
+    )
+
+
+@lru_cache(maxsize=256)
+def _imagine_once(config: RunConfig, images: int, keeping_gradients: bool) -> _Imagined:
     shape = config.model
-    ledger = _Ledger()
+    ledger = AllocationLedger()
     with ledger, torch.device("meta"):
         model = _model(config)
         optimizer = make_optimizer(model, config.optimizer.weight_decay)
@@ -205,8 +242,12 @@ def _imagine(config: RunConfig, images: int, keeping_gradients: bool) -> "_Ledge
         optimizer.step()
         ema.update_parameters(model)
         del before
-    ledger.parameters = sum(parameter.numel() for parameter in model.parameters())
-    return ledger
+    return _Imagined(
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        peak_bytes=ledger.peak_bytes,
+        flops_of_images=ledger.flops_of_images,
+        flops_of_weights=ledger.flops_of_weights,
+    )
 
 
 def _loss(config: RunConfig, model: NVAE, images: Tensor, noise: Tensor, weights: Tensor) -> Tensor:
@@ -246,137 +287,3 @@ class _Autocast(TorchFunctionMode):
 
 
 _device_of = Tensor.device.__get__
-
-
-# --- the ledger -------------------------------------------------------------------------------
-
-
-class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes what the operations within it allocate and compute, and answers for values that are not there."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.parameters = 0
-        self.peak_bytes = 0
-        """Of the storages that lived at the same time, since `begin`."""
-        self._live_bytes = 0
-        self._storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}
-        self._flops: Counter[Any] = Counter()
-        self._results: dict[object, Any] = {}
-
-    def begin(self) -> None:
-        """What lives now is all that is kept of what was."""
-        self.peak_bytes = self._live_bytes
-        self._flops.clear()
-
-    @property
-    def flops_of_weights(self) -> int:
-        """Of the spectral penalty, once per update: the only one that multiplies stacks of matrices."""
-        return self._flops[_aten.bmm]
-
-    @property
-    def flops_of_images(self) -> int:
-        return self._flops.total() - self.flops_of_weights
-
-    def __torch_dispatch__(
-        self,
-        func: OpOverload,
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is _aten._local_scalar_dense.default:
-            # Every number that the host asks for is one: layers are initialized, singular vectors warm.
-            return True if args[0].dtype == torch.bool else 1.0 if args[0].is_floating_point() else 1
-        with torch._C.DisableTorchFunction():
-            result = self._result(func, args, kwargs)
-            formula = flop_registry.get(func.overloadpacket)
-            if formula is not None:
-                self._flops[func.overloadpacket] += formula(*args, **kwargs, out_val=result)
-            for tensor in result if isinstance(result, list | tuple) else (result,):
-                if isinstance(tensor, Tensor):
-                    self._note(tensor.untyped_storage())
-        return result
-
-    def _result(self, func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """Of the operation, or made anew like that of the same one before: torch finds the shapes of most
-        operations in Python, which takes ten times as long."""
-        if func is _aten.batch_norm_update_stats.default:
-            # For which torch knows no shapes.
-            return args[0].new_empty(args[0].shape[1]), args[0].new_empty(args[0].shape[1])
-        kind = _kind(func)
-        if kind == "in place":
-            return args[0]
-        if kind == "each in place":
-            return None
-        if kind == "each":
-            return [torch.empty_like(tensor) for tensor in args[0]]
-        if kind == "other":
-            return func(*args, **kwargs)
-        key = (func, _described(args), _described(tuple(kwargs.items())))
-        if key not in self._results:
-            result = func(*args, **kwargs)
-            if all(x is None or x.is_meta for x in (result if isinstance(result, tuple) else (result,))):
-                self._results[key] = _described(result)
-            return result
-        return _made(self._results[key])
-
-    def _note(self, storage: torch.UntypedStorage) -> None:
-        """A view has the storage of another tensor."""
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._storages:
-            return
-        self._storages[key] = weakref.ref(storage, partial(self._forget, key, size))
-        self._live_bytes += size
-        self.peak_bytes = max(self.peak_bytes, self._live_bytes)
-
-    def _forget(self, key: int, size: int, _: object) -> None:
-        del self._storages[key]
-        self._live_bytes -= size
-
-
-_Kind = Literal["new", "each", "in place", "each in place", "other"]
-
-
-@cache
-def _kind(func: OpOverload) -> _Kind:
-    """Whether the operation makes tensors whose shapes its arguments decide, or fills its first argument,
-    or does that for each tensor of a list."""
-    schema = func._schema
-    of_each = schema.name.startswith("aten::_foreach_")
-    written = [a.alias_info is not None and a.alias_info.is_write for a in schema.arguments]
-    if any(written):
-        if of_each and written[0] and not schema.returns:
-            return "each in place"
-        plain = written[0] and len(schema.returns) == 1 and torch.Tag.inplace_view not in func.tags
-        return "in place" if plain else "other"
-    if of_each:
-        return "each"
-    new = all(str(r.type) == "Tensor" and r.alias_info is None for r in schema.returns)
-    return "new" if new and schema.returns and func is not _aten._unsafe_view.default else "other"
-
-
-@dataclass(frozen=True)
-class _Shape:
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-    is_meta: bool
-
-
-def _described(value: Any) -> Any:
-    """Equal for arguments of which an operation makes results of the same shapes."""
-    if isinstance(value, Tensor):
-        return _Shape(tuple(value.shape), value.stride(), value.dtype, value.is_meta)
-    if isinstance(value, list | tuple):
-        return tuple(map(_described, value))
-    return type(value), value
-
-
-def _made(described: Any) -> Any:
-    if isinstance(described, _Shape):
-        return torch.empty_strided(described.size, described.stride, dtype=described.dtype, device="meta")
-    if described == (type(None), None):
-        return None
-    return tuple(map(_made, described))

@@ -16,11 +16,11 @@ from pipeline.models.figures import Axis
 from pipeline.models.report import element, page
 from pipeline.run_folder import RunError
 from pipeline.search import ledger
+from pipeline.search.cost import saved_device_seconds, spending
 from pipeline.search.definition import Definition
+from pipeline.search.importance import importance
 from pipeline.search.ledger import Evaluation, Ledger, SearchRecord, Trial, write_search
 from pipeline.search.ranking import rank
-from pipeline.search.cost import saved_device_seconds, spending
-from pipeline.search.importance import importance
 from pipeline.search.report import write_report
 from pipeline.search.report_figures import kl_per_group
 from pipeline.search.space import Parameter, Space
