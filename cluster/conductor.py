@@ -138,7 +138,7 @@ class Conductor:
         self._changed(self.ledger.update(number, state="running", starts=starts))
 
     def interrupted(self, tune_id: str) -> None:
-        """Its process was lost; Tune starts it again."""
+        """Its process was lost; Tune may start it again."""
         self._note_costs(self._numbers[tune_id], goes_on=False)
 
     def evaluated(self, tune_id: str, result: dict[str, Any]) -> str:
@@ -166,9 +166,11 @@ class Conductor:
             self._changed(trial)
 
     def lost(self, tune_id: str) -> None:
-        """Its process was lost too often. One that stood still has left the stacks of its threads."""
+        """Its process was lost too often, and it is given up.
+
+        One that stood still has left the stacks of its threads.
+        """
         number = self._numbers[tune_id]
-        self._note_costs(number, goes_on=False)
         trial, url = self.ledger[number], run_folder.folder(self._store, run_name(self._name, number))
         if trial.state not in UNFINISHED:
             return
@@ -309,11 +311,12 @@ class LedgerScheduler(FIFOScheduler):  # type: ignore[misc]
         self._conductor.ended(trial.trial_id, result)
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
-        self._conductor.lost(trial.trial_id)
+        """Told each time that a trial's process is lost, whether it is started again or not."""
+        self._conductor.interrupted(trial.trial_id)
 
 
 class LedgerCallback(Callback):  # type: ignore[misc]
-    """Hears of starts and restarts."""
+    """Hears of starts, and of trials that are given up."""
 
     def __init__(self, conductor: Conductor) -> None:
         self._conductor = conductor
@@ -321,8 +324,8 @@ class LedgerCallback(Callback):  # type: ignore[misc]
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._conductor.started(trial.trial_id)
 
-    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._conductor.interrupted(trial.trial_id)
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._conductor.lost(trial.trial_id)
 
 
 class Ending(Stopper):  # type: ignore[misc]

@@ -198,15 +198,15 @@ def device_memory(plan: Plan, kind: str, concurrent: int) -> float | None:
 
 
 def _note(tracker: RunTracker, conductor: Conductor, trial: Trial) -> None:
-    """The search's own curves, over the images that all trials have seen together."""
+    """The search's own curves, over the number of trials that have ended."""
     if trial.state in UNFINISHED:
         return
     trials = conductor.ledger.trials
     numbers = {
-        "search/trials_ended": float(sum(each.state not in UNFINISHED for each in trials)),
+        "search/images_seen": float(sum(each.last.images_seen for each in trials if each.last)),
         "search/device_hours": conductor.spent_device_seconds / 3600,
     }
     best = ranking.best(trials, conductor.definition.search.compare)
     if best is not None and best.bits_per_dim is not None:
         numbers["search/best_bits_per_dim"] = best.bits_per_dim
-    tracker.log(numbers, at=sum(each.last.images_seen for each in trials if each.last))
+    tracker.log(numbers, at=sum(each.state not in UNFINISHED for each in trials))

@@ -4,9 +4,9 @@
 The model, its optimizer and its average are made on torch's meta device, where tensors have shapes,
 types and storages, but neither values nor memory, and one update is made there. A ledger notes when
 each storage comes and goes and what each operation computes (allocation_ledger.py). So the peak is
-that of everything together: what the backward pass keeps and what it computes again, gradients, copies that live for
-a moment only. The update is that of nvae/step.py written out once more, without what cannot be
-asked of tensors without values; tests compare both.
+that of everything together: what the backward pass keeps and what it computes again, gradients,
+copies that live for a moment only. The update is that of nvae/step.py written out once more,
+without what cannot be asked of tensors without values; tests compare both.
 
 Rejected: adding up weights, gradients and what is saved for the backward pass, with an allowance
 for the rest (the penalties' stacked weights and the optimizer's copy of the gradients are each as

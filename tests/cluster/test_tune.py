@@ -27,6 +27,7 @@ settings:
   train: {{total_images: {total}, stall_seconds: 5}}
   cadence: {{evaluate_images: 16, log_images: 16, checkpoint_images: 16}}
   objective: {{kl_warmup_fraction: 0.1}}
+  stability: {{skips_in_a_row: 2, max_rollbacks: 0}}
 search: {search}
 space:
 {space}
@@ -113,7 +114,10 @@ def check_mlflow(home: Home, found: dict[str, Trial]) -> None:
     record = ledgers.known_search(home.store, "faults")
     parent = client.get_run(record.mlflow_run_id)
     assert parent.info.status == "FINISHED"
-    assert parent.data.metrics["search/trials_ended"] == len(FAULTS)
+    images = sum(trial.last.images_seen for trial in found.values() if trial.last)
+    assert parent.data.metrics["search/images_seen"] == images
+    curve = client.get_metric_history(record.mlflow_run_id, "search/images_seen")
+    assert sorted(point.step for point in curve) == list(range(1, len(FAULTS) + 1))
     (experiment,) = {parent.info.experiment_id}
     children = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{record.mlflow_run_id}'")
     assert {child.data.tags["search.trial"] for child in children} == {
