@@ -164,9 +164,10 @@ def _run_tune(
 
 
 def _placement(plan: Plan, kind: str) -> Any:
-    """What Tune reserves for a trial. One of several workers starts these by itself."""
+    """What Tune reserves for a trial. One of several workers takes their places by itself."""
     if plan.workers > 1:
-        return tune.PlacementGroupFactory([{"CPU": 0.001}])
+        # A byte: an empty bundle is refused, and a part of a CPU would leave one place fewer.
+        return tune.PlacementGroupFactory([{"memory": 1}])
     return tune.PlacementGroupFactory([dict(plan.resources) or {kind: 1}])
 
 

@@ -245,7 +245,7 @@ def test_a_node_that_dies_takes_no_trial_along(home: Home) -> None:
         cluster.add()
         assert searching.wait(600) == 0, searching.said
     found = trials(home, "nodes")
-    assert [trial.state for trial in found] == ["finished"] * 3
+    assert [(trial.state, trial.reason) for trial in found] == [("finished", "")] * 3
     assert max(trial.starts for trial in found) >= 2
     check_each_evaluated_once(found, 1_600)
 

@@ -45,7 +45,7 @@ def test_workers_killed_in_mid_epoch_are_replaced_by_more_and_by_fewer(
     ).index
     for number, (workers, batch_size) in enumerate(WORKERS_AND_BATCH):
         spec = home.begin(
-            "elastic",
+            "elastic-streaming",
             "data.root=store:elastic",
             f"train.total_images={TOTAL}",
             f"train.batch_size={batch_size}",
