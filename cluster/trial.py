@@ -13,6 +13,7 @@ news travels by the board and the training goes on meanwhile.
 
 import gc
 import math
+import os
 import queue
 import threading
 import time
@@ -80,6 +81,7 @@ class _TrialActor(tune.Trainable):  # type: ignore[misc]
     given: Shared
 
     def setup(self, config: Mapping[str, Any]) -> None:
+        threading.Thread(target=_end_with, args=(os.getppid(),), name="node", daemon=True).start()
         self._training = TrialTraining(self.given, config["number"])
 
     def reset_config(self, config: Mapping[str, Any]) -> bool:
@@ -93,6 +95,17 @@ class _TrialActor(tune.Trainable):  # type: ignore[misc]
 
     def cleanup(self) -> None:
         self._training.leave()
+
+
+def _end_with(raylet: int) -> None:
+    """End this process when that of its node is gone.
+
+    Ray would let the task at hand end first, and here that is the wait for an evaluation: nobody
+    would hear of it, and the trial's lease would be held for ever.
+    """
+    while os.getppid() == raylet:
+        time.sleep(_LOOK_SECONDS)
+    os._exit(1)
 
 
 class TrialTraining:
