@@ -12,7 +12,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export MLFLOW_DISABLE_TELEMETRY := true
 
 .DEFAULT_GOAL := help
-.PHONY: help train test lint campaign faults faults-data bench-data bench-formats bench-overhead bench-divergence clean
+.PHONY: help train test lint campaign faults faults-data faults-search bench-data bench-formats bench-overhead bench-divergence bench-search clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-17s%s\n", $$1, $$2}' Makefile
@@ -30,19 +30,23 @@ lint: .venv/installed  ## style, types and import contracts alone
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
-campaign: .venv/installed .venv-s3/installed  ## everything that takes hours: the long tests and both campaigns of faults
+campaign: .venv/installed .venv-s3/installed  ## everything that takes hours: the long tests and all campaigns of faults
 	@trap 'exit 130' INT; failed=; \
 	$(BIN)/python -m pytest -m campaign || failed="$$failed, pytest -m campaign"; \
 	$(MAKE) faults || failed="$$failed, make faults"; \
 	$(MAKE) faults-data || failed="$$failed, make faults-data"; \
+	$(MAKE) faults-search || failed="$$failed, make faults-search"; \
 	if [ -n "$$failed" ]; then echo "FAILED: $${failed#, }"; exit 1; fi; \
-	echo "All passed: pytest -m campaign, make faults, make faults-data"
+	echo "All passed: pytest -m campaign, make faults, make faults-data, make faults-search"
 
 faults: .venv/installed .venv-s3/installed  ## faults of a training, real processes killed: tried, survived, images lost
 	$(BIN)/python -m tests.faults.training $(if $(ONLY),--only $(ONLY)) $(if $(SEED),--seed $(SEED))
 
 faults-data: .venv/installed .venv-s3/installed  ## faults and hostile inputs of the data path: tried, survived
 	$(BIN)/python -m tests.faults.data $(if $(ONLY),--only $(ONLY))
+
+faults-search: .venv/installed  ## searches whose driver is killed: trials lost, doubled, changed
+	$(BIN)/python -m tests.faults.search $(if $(ONLY),--only $(ONLY)) $(if $(SEED),--seed $(SEED))
 
 bench-data: .venv/installed .venv-s3/installed  ## the loader beside stock WebDataset and the machine's bounds
 	$(BIN)/python -m tests.benchmarks.data
@@ -55,6 +59,9 @@ bench-overhead: .venv/installed  ## a run, and Ray Train, beside bare loops on t
 
 bench-divergence: .venv/installed  ## a training that diverges, and how it is kept from it
 	$(BIN)/python -m tests.benchmarks.divergence --picture configs/divergence.png
+
+bench-search: .venv/installed  ## random search with early stopping and without
+	$(BIN)/python -m tests.benchmarks.search
 
 clean:  ## remove what was installed and cached; runs and models in nvae-store stay
 	rm -rf .venv .venv-s3 .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

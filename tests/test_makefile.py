@@ -11,6 +11,7 @@ PARTS = {
     "pytest -m campaign": "-m pytest -m campaign",
     "make faults": "-m tests.faults.training",
     "make faults-data": "-m tests.faults.data",
+    "make faults-search": "-m tests.faults.search",
 }
 
 
@@ -33,7 +34,10 @@ def campaign(folder: Path, failing: list[str]) -> tuple[int, str, list[str]]:
     return ended.returncode, ended.stdout.splitlines()[-1], (folder / "started").read_text().splitlines()
 
 
-@pytest.mark.parametrize("failing", [[*PARTS], ["pytest -m campaign"], ["make faults"], ["make faults-data"]])
+@pytest.mark.parametrize(
+    "failing",
+    [[*PARTS], ["pytest -m campaign"], ["make faults"], ["make faults-data"], ["make faults-search"]],
+)
 def test_a_campaign_tries_everything_and_names_what_failed(tmp_path: Path, failing: list[str]) -> None:
     code, last, started = campaign(tmp_path, failing)
     assert code != 0
