@@ -37,6 +37,12 @@ os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
 
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
+_EXTRAS = {
+    **dict.fromkeys(("google_crc32c", "psutil", "ray", "webdataset"), "train"),
+    **dict.fromkeys(("matplotlib", "optuna", "sklearn"), "tune"),
+}
+"""What a plain installation lacks, and what brings it."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -57,6 +63,14 @@ def main() -> None:
         logger.info("raised here:", exc_info=True)
         click.echo(f"Error: {error}", err=True)
         sys.exit(1 if isinstance(error, FailedError) else 2)
+    except ModuleNotFoundError as error:
+        library = (error.name or "").partition(".")[0]
+        if library not in _EXTRAS:
+            raise
+        logger.info("raised here:", exc_info=True)
+        extra = _EXTRAS[library]
+        click.echo(f"Error: {library} is missing: pip install 'nvae-cluster[{extra}]'", err=True)
+        sys.exit(2)
     except BrokenPipeError:
         # Whoever read the output has seen enough, as in `nvae config show mnist | head`.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

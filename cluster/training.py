@@ -5,6 +5,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from importlib import import_module
 from pathlib import Path, PurePosixPath
 from shlex import quote
 from typing import Any
@@ -155,6 +156,8 @@ def _latents(config: NVAEConfig) -> str:
 
 def execute(plan: Plan) -> int:
     """Train, with Ray or in this process; returns the exit code."""
+    if not plan.local:
+        import_module("cluster.launch")  # so that nothing is begun where Ray is missing
     prepared = prepare(
         plan.config,
         name=plan.name,

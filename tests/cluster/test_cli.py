@@ -461,3 +461,13 @@ def test_a_killed_run_is_called_killed(home: Home, capsys: Capture) -> None:
     spec = home.begin("gone")
     run_folder.update_record(spec.url, state="running")
     assert json.loads(nvae(capsys, "runs", "show", "gone", "--json").out)["state"] == "killed"
+
+
+@pytest.mark.parametrize("library", ["ray", "psutil"])
+def test_what_a_plain_installation_lacks_is_named_before_anything_is_begun(home: Home, library: str) -> None:
+    code = f"import sys; sys.modules[{library!r}] = None; from cluster.cli import main; main()"
+    command = [sys.executable, "-c", code, "train", "tiny.yaml", "--name", f"without-{library}"]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert ended.stderr.splitlines()[-1] == f"Error: {library} is missing: pip install 'nvae-cluster[train]'"
+    assert run_folder.read_record(home.run_url(f"without-{library}")) is None
