@@ -1,10 +1,11 @@
 """What to try next: random, grid and TPE, each a function of the search and what is known by then.
 
-Random and grid depend on the trial's number alone, so that a search that is killed and continued
-draws the very trials of one that was not. TPE learns from what came of earlier trials: Optuna's
-study is made anew from the ledger for each draw, and its chance is seeded by the trial's number.
-There is no state of a searcher to be saved or lost. Rejected: Tune's wrapper of Optuna, which
-takes no earlier trials of a space with conditions and keeps its study in a pickle.
+Random and grid depend on the trial's number alone (and on the draws before it, which are not
+repeated), so that a search that is killed and continued draws the very trials of one that was not.
+TPE learns from what came of earlier trials: Optuna's study is made anew from the ledger for each
+draw, and its chance is seeded by the trial's number. There is no state of a searcher to be saved or
+lost. Rejected: Tune's wrapper of Optuna, which takes no earlier trials of a space with conditions
+and keeps its study in a pickle.
 """
 
 import itertools
@@ -17,15 +18,26 @@ from pipeline.search.definition import Definition
 from pipeline.search.ledger import FAILURES, UNFINISHED, Trial
 from pipeline.search.space import Parameter, Space
 
+ATTEMPTS = 20
+"""To draw settings that no trial has had; a small space may have no others."""
+
 
 def propose(definition: Definition, trials: Sequence[Trial], number: int) -> dict[str, Any] | None:
     """The draw of trial `number` (from 1), with `trials` known; None where a grid has no more."""
     search, space = definition.search, definition.space
     if search.searcher == "grid":
         return next(itertools.islice(space.combinations(), number - 1, None), None)
-    if search.searcher == "tpe" and number > search.random_trials:
-        return _by_tpe(definition, trials, number)
-    return space.draw(random.Random(f"{search.seed}/{number}"))
+    known = [trial.settings for trial in trials if trial.number < number]
+    drawn: dict[str, Any] = {}
+    for attempt in range(ATTEMPTS):
+        chance = random.Random(f"{search.seed}/{number}/{attempt}")
+        if search.searcher == "tpe" and number > search.random_trials:
+            drawn = _by_tpe(definition, trials, chance.getrandbits(32))
+        else:
+            drawn = space.draw(chance)
+        if space.settings(drawn) not in known:
+            break
+    return drawn
 
 
 def grid_size(space: Space) -> int:
@@ -33,11 +45,10 @@ def grid_size(space: Space) -> int:
     return sum(1 for _ in space.combinations())
 
 
-def _by_tpe(definition: Definition, trials: Sequence[Trial], number: int) -> dict[str, Any]:
+def _by_tpe(definition: Definition, trials: Sequence[Trial], seed: int) -> dict[str, Any]:
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    seed = random.Random(f"{definition.search.seed}/{number}").getrandbits(32)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         sampler = optuna.samplers.TPESampler(

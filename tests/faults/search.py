@@ -10,6 +10,7 @@ in which trials end, every number must be there once and have ended, each evalua
 goes on, no more than two trials hold a lease.
 """
 
+import math
 import random
 import sys
 import tempfile
@@ -42,8 +43,8 @@ space:
   objective.spectral_coefficient: {coefficients}
   model.groups_per_scale: {{total: {{integer: [2, 4]}}, skew: {skews}}}
 """
-LONGEST_SECONDS = 45.0
-"""Until a kill; starting takes some fifteen of them."""
+LONGEST_SECONDS = 20.0
+"""Until a kill, from the start or from the first evaluation of this launch on."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ def _row(home: Home, row: Row, chance: random.Random, short: bool) -> Outcome:
     arguments = ["tune", str(file), "--trials", str(row.trials), "--concurrent", str(CONCURRENT)]
     with Leases(home, row.name, row.trials) as leases:
         for _ in range(1 if short else row.kills):
-            was_killed, pause = _killed(home, row, arguments, chance.uniform(0, LONGEST_SECONDS))
+            was_killed, pause = _killed(home, row, arguments, chance)
             kills, pauses = kills + was_killed, pauses + pause
         _finished(arguments)
     found = ledgers.read_trials(ledgers.folder(home.store, row.name))
@@ -149,18 +150,23 @@ def _row(home: Home, row: Row, chance: random.Random, short: bool) -> Outcome:
     return Outcome(kills, kills * fine)
 
 
-def _killed(home: Home, row: Row, arguments: Sequence[str], seconds: float) -> tuple[bool, list[float]]:
-    """One launch, killed after so many seconds unless it was over by then.
+def _killed(
+    home: Home, row: Row, arguments: Sequence[str], chance: random.Random
+) -> tuple[bool, list[float]]:
+    """One launch, killed unless it was over by then: one in four while it starts, others while it trains.
 
     Returns whether it was killed, and how long it had taken to evaluate anything, if it had.
     """
     url, began = ledgers.folder(home.store, row.name), time.monotonic()
-    before = _evaluations(url)
-    pause: list[float] = []
+    amid_the_start, seconds = chance.random() < 0.25, chance.uniform(0, LONGEST_SECONDS)
+    before, pause = _evaluations(url), []
     with nvae_command(*arguments) as searching:
-        while (passed := time.monotonic() - began) < seconds:
+        while not searching.ended:
             if not pause and _evaluations(url) > before:
-                pause.append(passed)
+                pause.append(time.monotonic() - began)
+            since = began if amid_the_start else began + pause[0] if pause else math.inf
+            if time.monotonic() - since >= seconds:
+                break
             time.sleep(0.2)
         return not searching.ended, pause
 
