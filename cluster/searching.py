@@ -69,7 +69,7 @@ class Plan:
         return ledgers.folder(self.store, self.name)
 
 
-def search(plan: Plan, record: SearchRecord) -> dict[str, Any]:
+def search(plan: Plan, record: SearchRecord, tracker: RunTracker) -> dict[str, Any]:
     """Run the trials that are left; how that ended."""
     shared = Shared(
         plan.name,
@@ -85,7 +85,6 @@ def search(plan: Plan, record: SearchRecord) -> dict[str, Any]:
     with (
         StopSignals() as signals,
         Poll(partial(run_folder.stop_requested, plan.url)) as asked,
-        RunTracker(plan.url, len(record.launches), plan.tracking, record.mlflow_run_id) as tracker,
         LiveTable(COLUMNS) as table,
         ray_connection(asked_for),
     ):

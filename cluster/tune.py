@@ -34,7 +34,7 @@ from pipeline.search.definition import Definition, changes
 from pipeline.search.ledger import SearchRecord, Trial
 from pipeline.search.report import write_report
 from pipeline.settings import flatten
-from pipeline.training.tracking import conclude, create_run
+from pipeline.training.tracking import RunTracker, conclude, create_run
 from pipeline.width import Workers
 
 DEFAULT_TRIALS = 20
@@ -91,9 +91,12 @@ def execute(plan: Plan) -> int:
         say(f"Warning: {warning}")
     with lease.held(plan.url, say):
         record = _begin(plan, record, data_hash)
-        with _running(plan, record) as end:
-            end.update(search(plan, record))
-            end["result"] = _conclude(plan)
+        with (
+            _running(plan, record) as end,
+            RunTracker(plan.url, len(record.launches), plan.tracking, record.mlflow_run_id) as tracker,
+        ):
+            end.update(search(plan, record, tracker))
+            end["result"] = _conclude(plan, tracker)
     say(farewell(plan, end))
     return 0 if end["result"].get("best") or end["state"] == "stopped" else 1
 
@@ -185,11 +188,13 @@ def _running(plan: Plan, record: SearchRecord) -> Iterator[dict[str, Any]]:
 # -- afterwards -------------------------------------------------------------------------------
 
 
-def _conclude(plan: Plan) -> dict[str, Any]:
-    """Name the best trial, and write the report."""
+def _conclude(plan: Plan, tracker: RunTracker) -> dict[str, Any]:
+    """Name the best trial, and write the report, to MLflow as well."""
     trials = ledgers.read_trials(plan.url)
     best = ranking.best(trials, plan.definition.search.compare)
-    result: dict[str, Any] = {"best": None, "report": write_report(plan.store, plan.name)}
+    report = write_report(plan.store, plan.name)
+    tracker.file("report.html", storage.read_bytes(report))
+    result: dict[str, Any] = {"best": None, "report": report}
     if best is not None:
         result |= {
             "best": best.trial.number,

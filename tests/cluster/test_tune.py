@@ -123,6 +123,7 @@ def check_mlflow(home: Home, found: dict[str, Trial]) -> None:
     assert {child.data.tags["search.trial"] for child in children} == {
         str(trial.number) for trial in found.values()
     }
+    assert [file.path for file in client.list_artifacts(record.mlflow_run_id)] == ["report.html"]
     best = client.get_model_version_by_alias("nvae-faults", "best-of-faults")
     assert f"models:/nvae-faults/{best.version}" == found["none"].model or found["killed_once"].model
     assert record.result["alias"] == "models:/nvae-faults@best-of-faults"
