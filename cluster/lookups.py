@@ -277,7 +277,7 @@ def show_run(name: str, with_settings: bool, as_json: bool, store: str | None) -
 @click.argument("name")
 @store_option
 def stop(name: str, store: str | None) -> None:
-    """Ask a run to write a checkpoint and leave; `nvae train` with its name continues it."""
+    """Ask a run, or a search with all its trials, to save and leave. Its command continues it."""
     from cluster import runs as known
 
     click.echo(known.stop(name, store))

@@ -12,6 +12,7 @@ of the run's identity; cloning runs would make trials that cannot be repeated by
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -83,6 +84,9 @@ def parse_resources(text: str) -> dict[str, float]:
 
 def execute(plan: Plan) -> int:
     """Search, and report; returns the exit code."""
+    for library in ("matplotlib", "optuna", "sklearn"):
+        if find_spec(library) is None:  # a report would lack it, hours from now
+            raise ModuleNotFoundError(f"No module named {library!r}", name=library)
     data_hash = _check_data(plan)
     record = ledgers.read_search(plan.url)
     if record is not None:

@@ -463,11 +463,23 @@ def test_a_killed_run_is_called_killed(home: Home, capsys: Capture) -> None:
     assert json.loads(nvae(capsys, "runs", "show", "gone", "--json").out)["state"] == "killed"
 
 
-@pytest.mark.parametrize("library", ["ray", "psutil"])
-def test_what_a_plain_installation_lacks_is_named_before_anything_is_begun(home: Home, library: str) -> None:
+@pytest.mark.parametrize(
+    ("library", "extra", "command"),
+    [
+        ("ray", "train", ["train", "tiny.yaml"]),
+        ("psutil", "train", ["train", "tiny.yaml"]),
+        ("optuna", "tune", ["tune", "groups_and_spectral", "data.root=store:tiny"]),
+    ],
+)
+def test_what_a_plain_installation_lacks_is_named_before_anything_is_begun(
+    home: Home, library: str, extra: str, command: list[str]
+) -> None:
     code = f"import sys; sys.modules[{library!r}] = None; from cluster.cli import main; main()"
-    command = [sys.executable, "-c", code, "train", "tiny.yaml", "--name", f"without-{library}"]
-    ended = subprocess.run(command, capture_output=True, text=True)
+    name = f"without-{library}"
+    ended = subprocess.run(
+        [sys.executable, "-c", code, *command, "--name", name], capture_output=True, text=True
+    )
     assert ended.returncode == 2
-    assert ended.stderr.splitlines()[-1] == f"Error: {library} is missing: pip install 'nvae-cluster[train]'"
-    assert run_folder.read_record(home.run_url(f"without-{library}")) is None
+    message = f"Error: {library} is missing: pip install 'nvae-cluster[{extra}]'"
+    assert ended.stderr.splitlines()[-1] == message
+    assert not any(Path(home.store, kind, name).exists() for kind in ("runs", "searches"))
