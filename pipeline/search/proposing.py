@@ -16,7 +16,7 @@ from typing import Any
 
 from pipeline.search.definition import Definition
 from pipeline.search.ledger import FAILURES, UNFINISHED, Trial
-from pipeline.search.space import Parameter, Space
+from pipeline.search.space import Parameter
 
 ATTEMPTS = 20
 """To draw settings that no trial has had; a small space may have no others."""
@@ -38,11 +38,6 @@ def propose(definition: Definition, trials: Sequence[Trial], number: int) -> dic
         if space.settings(drawn) not in known:
             break
     return drawn
-
-
-def grid_size(space: Space) -> int:
-    """Number of combinations."""
-    return sum(1 for _ in space.combinations())
 
 
 def _by_tpe(definition: Definition, trials: Sequence[Trial], seed: int) -> dict[str, Any]:

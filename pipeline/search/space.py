@@ -114,10 +114,6 @@ class Space:
         structure = {STRUCTURE[name]: value for name, value in drawn.items() if name in STRUCTURE}
         return plain | ({GROUPS: spread(**structure, scales=self.scales)} if structure else {})
 
-    def condition_met(self, parameter: Parameter) -> dict[str, Any]:
-        """A draw of the parameters that others' conditions name, with which `parameter` is drawn."""
-        return {name: values[0] for name, values in parameter.when.items()}
-
     def extremes(self) -> Iterator[dict[str, Any]]:
         """Every draw of the groups' structure from its probes alone."""
         parts = [parameter for parameter in self.parameters if parameter.name in STRUCTURE]

@@ -125,7 +125,8 @@ def check_mlflow(home: Home, found: dict[str, Trial]) -> None:
     }
     assert [file.path for file in client.list_artifacts(record.mlflow_run_id)] == ["report.html"]
     best = client.get_model_version_by_alias("nvae-faults", "best-of-faults")
-    assert f"models:/nvae-faults/{best.version}" == found["none"].model or found["killed_once"].model
+    # Both learned the same, so the first is the best.
+    assert f"models:/nvae-faults/{best.version}" == found["none"].model
     assert record.result["alias"] == "models:/nvae-faults@best-of-faults"
 
 
