@@ -151,7 +151,7 @@ class Conductor:
             return str(TrialScheduler.CONTINUE)
         decision = self._decide(number, evaluation)
         if decision == TrialScheduler.STOP:
-            self._stop(number)
+            self._prune(number)
         self._changed(self.ledger[number])
         return decision
 
@@ -192,11 +192,10 @@ class Conductor:
         if goes_on:
             self._noted[number] = now
 
-    def _stop(self, number: int) -> None:
+    def _prune(self, number: int) -> None:
         last = self.ledger[number].last
         assert last is not None
-        reason = f"{last.score:.4g} bits/dim at {last.images_seen:,} images was among the worse"
-        self.ledger.update(number, state="stopped", reason=reason)
+        self.ledger.update(number, state="pruned", reason=f"among the worse at {last.images_seen:,} images")
 
     # -- the scheduler ------------------------------------------------------------------------
 
@@ -221,7 +220,7 @@ class Conductor:
             decision = self._decide(trial.number, evaluation)
             is_last = evaluation == trial.last
             if decision == TrialScheduler.STOP and is_last and trial.state in UNFINISHED:
-                self._stop(trial.number)
+                self._prune(trial.number)
 
 
 @dataclass(frozen=True)

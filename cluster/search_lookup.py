@@ -1,16 +1,17 @@
 """A search before it starts and as it is now: the draws of a dry run, and its report."""
 
 import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from cluster.conductor import Fits
-from cluster.searching import GIB, Plan, fits
+from cluster.searching import DEFAULT_TRIALS, GIB, Plan, fits
 from cluster.trial_table import COLUMNS, in_short, ranked_rows
 from pipeline import config_file, estimate, progress
 from pipeline import store as stores
-from pipeline.progress import duration, say
+from pipeline.progress import counted, duration, say
 from pipeline.search import ledger as ledgers
 from pipeline.search.definition import Definition
 from pipeline.search.ledger import Trial
@@ -55,14 +56,32 @@ def show_draws(plan: Plan) -> None:
         if draw is None:
             break
         drawn.append(Trial(number, draw, definition.space.settings(draw)))
-    progress.table((_draw_row(plan, trial, misfit, speed) for trial in drawn), DRAW_COLUMNS)
+    rows = [_draw_row(plan, trial, misfit, speed) for trial in drawn]
+    shown = [{**row, "time": duration(row["seconds"])} for row in rows]
+    progress.table(shown, DRAW_COLUMNS)
+    _say_in_all(plan, rows, concurrent)
+
+
+def _say_in_all(plan: Plan, rows: Sequence[Mapping[str, Any]], concurrent: int) -> None:
+    """What the whole search would take if nothing of it were pruned."""
+    times = [row["seconds"] for row in rows if row["problem"] is None]
+    if not times:
+        return
+    trials, search = plan.trials or DEFAULT_TRIALS, plan.definition.search
+    seconds = sum(times) / len(times) * trials
+    said = f"{counted(trials, 'trial')} like these to their last image: {duration(seconds)}"
+    if concurrent > 1:
+        said += f", or {duration(seconds / concurrent)} with {concurrent} at a time"
+    say(f"{said}.")
+    if search.searcher == "tpe" and len(rows) > search.random_trials:
+        say(f"From trial {search.random_trials + 1} on, a real search draws by the scores before.")
 
 
 DRAW_COLUMNS = {
     "trial": "TRIAL",
     "settings": "SETTINGS",
     "parameters": "PARAMETERS",
-    "memory_gib": "GIB",
+    "memory_gib": "MEMORY (GIB)",
     "time": "TIME",
     "problem": "PROBLEM",
 }
@@ -72,13 +91,18 @@ def _draw_row(plan: Plan, trial: Trial, misfit: Fits, speed: float) -> dict[str,
     try:
         config = plan.definition.with_settings(trial.settings)
     except config_file.ConfigError as error:
-        return {"trial": trial.number, "settings": in_short(trial.settings), "problem": str(error)}
+        return {
+            "trial": trial.number,
+            "settings": in_short(trial.settings),
+            "seconds": None,
+            "problem": str(error),
+        }
     needs = estimate.estimate(config, plan.workers)
     return {
         "trial": trial.number,
         "settings": in_short(trial.settings),
         "parameters": f"{needs.parameters:,}",
-        "memory_gib": needs.memory_bytes / GIB,
-        "time": duration(estimate.training_seconds(needs, config, speed, plan.workers)),
+        "memory_gib": f"{needs.memory_bytes / GIB:.2f}",
+        "seconds": estimate.training_seconds(needs, config, speed, plan.workers),
         "problem": misfit(plan.definition, dict(trial.settings)) or None,
     }

@@ -41,6 +41,7 @@ os.environ.setdefault("TUNE_FORCE_TRIAL_CLEANUP_S", "600")
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
 logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
 
+DEFAULT_TRIALS = 20
 GIB = 2**30
 _LOOK_SECONDS = 0.5
 

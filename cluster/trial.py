@@ -7,7 +7,7 @@ own name, with its own lease, checkpoints, curves and recovery, and it continues
 again.
 
 After each evaluation a trial of one worker waits until the scheduler has decided, a matter of
-milliseconds, so that one that is stopped has not trained a step too far. With several workers the
+milliseconds, so that one that is pruned has not trained a step too far. With several workers the
 news travels by the board and the training goes on meanwhile.
 """
 
@@ -36,6 +36,7 @@ from pipeline.search.ledger import State, Trial
 from pipeline.training.checkpoint import BEST_METRIC, images_saved
 from pipeline.training.journal import StoredJournal, decode
 from pipeline.training.latest import newest_line
+from pipeline.training.run_description import PARENT_TAG
 from pipeline.training.watchdog import Limits, watched
 from pipeline.training.worker import TRAINING_SECONDS, LocalWorker, Poll
 from pipeline.width import Workers
@@ -170,7 +171,7 @@ class TrialTraining:
         )
         tags = {"search": shared.name, "search.trial": str(self._number)}
         if shared.mlflow_run_id:
-            tags["mlflow.parentRunId"] = shared.mlflow_run_id
+            tags[PARENT_TAG] = shared.mlflow_run_id
         with _held(prepared.url):
             spec = run.begin(prepared, tags)
             with run.running(spec) as end:

@@ -10,14 +10,14 @@ of the run's identity; cloning runs would make trials that cannot be repeated by
 """
 
 import platform
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import PurePosixPath
 from typing import Any
 
 from cluster.models import tracking_uri
-from cluster.searching import Plan, search
+from cluster.searching import DEFAULT_TRIALS, Plan, search
 from pipeline import lease, run_folder, storage
 from pipeline import store as stores
 from pipeline.data.index import VALIDATION, load_index
@@ -27,7 +27,7 @@ from pipeline.models.export import RegistryError
 from pipeline.models.registry import Registry
 from pipeline.preparation import settle, widths_of
 from pipeline.progress import counted, say
-from pipeline.run import EXPERIMENT
+from pipeline.run import EXPERIMENT, recorded
 from pipeline.run_folder import Launch, RunError
 from pipeline.search import ledger as ledgers
 from pipeline.search import ranking, reading
@@ -35,10 +35,8 @@ from pipeline.search.definition import Definition, changes
 from pipeline.search.ledger import SearchRecord, Trial
 from pipeline.search.report import write_report
 from pipeline.settings import flatten
-from pipeline.training.tracking import RunTracker, conclude, create_run
+from pipeline.training.tracking import RunTracker, create_run, nest
 from pipeline.width import Workers
-
-DEFAULT_TRIALS = 20
 
 
 def plan(
@@ -95,12 +93,15 @@ def execute(plan: Plan) -> int:
         say(f"Warning: {warning}")
     with lease.held(plan.url, say):
         record = _begin(plan, record, data_hash)
+        update = partial(ledgers.update_search, plan.url)
         with (
-            _running(plan, record) as end,
+            recorded(update, plan.url, plan.tracking, record.mlflow_run_id) as end,
             RunTracker(plan.url, len(record.launches), plan.tracking, record.mlflow_run_id) as tracker,
         ):
             end.update(search(plan, record, tracker))
+            update(**end)  # which the report says
             end["result"] = _conclude(plan, tracker)
+        _nest_trials(plan)
     say(farewell(plan, end))
     return 0 if end["result"].get("best") or end["state"] == "stopped" else 1
 
@@ -169,26 +170,6 @@ def _begin(plan: Plan, record: SearchRecord | None, data_hash: str) -> SearchRec
     return record
 
 
-@contextmanager
-def _running(plan: Plan, record: SearchRecord) -> Iterator[dict[str, Any]]:
-    """Keep the search's record true; the caller fills what this yields."""
-    ledgers.update_search(plan.url, state="running", reason="")
-    end: dict[str, Any] = {"state": "failed", "reason": "interrupted", "result": record.result}
-    try:
-        yield end
-    except KeyboardInterrupt:
-        end["state"] = "stopped"
-        raise
-    except BaseException as error:
-        end["reason"] = str(error) or type(error).__name__
-        raise
-    finally:
-        ledgers.update_search(plan.url, **end)
-        run_folder.clear_stop(plan.url)
-        status = {"finished": "FINISHED", "failed": "FAILED"}.get(end["state"], "KILLED")
-        conclude(plan.url, plan.tracking, status)  # type: ignore[arg-type] # three of MLflow's own
-
-
 # -- afterwards -------------------------------------------------------------------------------
 
 
@@ -208,6 +189,16 @@ def _conclude(plan: Plan, tracker: RunTracker) -> dict[str, Any]:
             "alias": _name_best(plan, best.trial),
         }
     return result
+
+
+def _nest_trials(plan: Plan) -> None:
+    """Put the MLflow runs of trials below the search's, where that was not known when they began."""
+    record = ledgers.read_search(plan.url)
+    if record is None or not record.mlflow_run_id:
+        return
+    for trial in ledgers.read_trials(plan.url):
+        url = run_folder.folder(plan.store, ledgers.run_name(plan.name, trial.number))
+        nest(url, plan.tracking, record.mlflow_run_id)
 
 
 def _name_best(plan: Plan, trial: Trial) -> str | None:

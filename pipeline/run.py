@@ -9,8 +9,8 @@ repeating the command is always the right thing to do.
 
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
@@ -148,12 +148,15 @@ def code_version() -> str:
 
 
 @contextmanager
-def running(spec: RunSpec) -> Iterator[dict[str, Any]]:
-    """Keep the record true while the run is running: its state, and how it ended.
+def recorded(
+    update: Callable[..., Any], url: str, tracking_uri: str, mlflow_run_id: str
+) -> Iterator[dict[str, Any]]:
+    """Keep a record true while what it describes is running: its state, and how that ended.
 
-    The caller puts what `work` returned into the mapping that this yields.
+    `update` replaces fields of the record of what lies at `url`. The caller puts `state`, `reason` and
+    `result` into the mapping that this yields.
     """
-    run_folder.update_record(spec.url, state="running", reason="")
+    update(state="running", reason="")
     end: dict[str, Any] = {"state": "failed", "reason": "interrupted"}
     try:
         yield end
@@ -165,12 +168,18 @@ def running(spec: RunSpec) -> Iterator[dict[str, Any]]:
         raise
     finally:
         result = {"result": end["result"]} if end.get("result") else {}
-        run_folder.update_record(spec.url, state=end["state"], reason=end["reason"], **result)
-        run_folder.clear_stop(spec.url)
-        run_id = conclude(spec.url, spec.tracking_uri, status_of(end["state"]))
-        # MLflow may have been away when the run began.
-        if run_id not in ("", spec.mlflow_run_id):
-            run_folder.update_record(spec.url, mlflow_run_id=run_id)
+        update(state=end["state"], reason=end["reason"], **result)
+        run_folder.clear_stop(url)
+        run_id = conclude(url, tracking_uri, status_of(end["state"]))
+        # MLflow may have been away when it began.
+        if run_id not in ("", mlflow_run_id):
+            update(mlflow_run_id=run_id)
+
+
+def running(spec: RunSpec) -> AbstractContextManager[dict[str, Any]]:
+    """Keep the record of a run true while it is running; it yields what takes the result of `work`."""
+    update = partial(run_folder.update_record, spec.url)
+    return recorded(update, spec.url, spec.tracking_uri, spec.mlflow_run_id)
 
 
 # -- on every worker --------------------------------------------------------------------

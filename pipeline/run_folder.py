@@ -10,17 +10,17 @@ STORE/runs/NAME/
   ray/           Ray's own files while it runs the run
 """
 
-import json
 import logging
 import platform
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from pipeline import lease, storage
+from pipeline import lease, record_file, storage
 from pipeline.errors import InputError
+from pipeline.record_file import RecordError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 
@@ -69,7 +69,6 @@ class RunRecord:
     launches: tuple[Launch, ...] = ()
     result: Mapping[str, Any] = field(default_factory=dict)
     """Final metrics, registered version and pictures, once there are any."""
-    format_version: int = 1
 
 
 def folder(store: str, name: str) -> str:
@@ -83,27 +82,21 @@ def folder(store: str, name: str) -> str:
 
 
 def read_record(url: str) -> RunRecord | None:
-    """The record in a run's folder; None where there is no run."""
-    record_url = storage.join(url, "run.json")
-    if not storage.exists(record_url):
-        return None
-    try:
-        values = json.loads(storage.read_text(record_url))
-        if values["format_version"] != 1:
-            raise RunError(
-                f"{record_url} has format version {values['format_version']}; this release reads 1. "
-                "Use the release that wrote it."
-            )
-        values["launches"] = tuple(Launch(**launch) for launch in values["launches"])
-        return RunRecord(**values)
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise RunError(
-            f"{record_url} is damaged ({error}); restore it, or delete the run's folder."
-        ) from error
+    """The record in a run's folder; None where there is no run. Raises RecordError, StoreError."""
+    return record_file.read(storage.join(url, "run.json"), _made)
+
+
+def _made(values: dict[str, Any]) -> RunRecord:
+    return RunRecord(**{**values, "launches": launches_of(values)})
+
+
+def launches_of(values: Mapping[str, Any]) -> tuple[Launch, ...]:
+    """Those in the fields of a record as it was read."""
+    return tuple(Launch(**launch) for launch in values["launches"])
 
 
 def write_record(url: str, record: RunRecord) -> None:
-    storage.write_bytes(storage.join(url, "run.json"), json.dumps(asdict(record), indent=2).encode())
+    record_file.write(storage.join(url, "run.json"), record)
 
 
 def update_record(url: str, **changes: Any) -> RunRecord:
@@ -123,13 +116,13 @@ def note_launch(url: str, workers: int) -> None:
     update_record(url, launches=(*launches, Launch(now(), platform.node(), workers)))
 
 
-def all_records(store: str) -> tuple[list[RunRecord], dict[str, RunError]]:
+def all_records(store: str) -> tuple[list[RunRecord], dict[str, RecordError]]:
     """The records of all runs of a store, newest first; by its name, what is wrong with any other."""
     records, damaged = [], {}
     for name in storage.list_dir(storage.join(store, "runs")):
         try:
             record = read_record(storage.join(store, "runs", name))
-        except RunError as error:
+        except RecordError as error:
             damaged[name] = error
         else:
             records += [] if record is None else [record]

@@ -91,10 +91,17 @@ def _breakable(name: object) -> Markup:
     return Markup(re.sub(r"(?<=[._])(?=\w)", "<wbr>", escaped(name)))
 
 
+_WIDTH_OF_SMALL = 320
+"""Pixels on the page, which small pictures are brought near to."""
+
+
 def picture(png: bytes, alt: str, caption: object) -> Markup:
-    """A PNG inside of the page."""
+    """A PNG inside of the page; a small one is shown larger, pixel by pixel."""
     source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
-    image = Markup(f'<img src="{source}" alt="{html.escape(alt)}">')
+    width = int.from_bytes(png[16:20])  # of the header that every PNG begins with
+    times = _WIDTH_OF_SMALL // width if width else 0
+    larger = f' width="{times * width}" class="pixels"' if times > 1 else ""
+    image = Markup(f'<img src="{source}" alt="{html.escape(alt)}"{larger}>')
     return element("figure", image, element("figcaption", caption))
 
 
@@ -140,7 +147,8 @@ pre{background:var(--panel);padding:.6rem .8rem;border-radius:4px;
   font-size:.875rem;white-space:pre-wrap;overflow-wrap:anywhere}
 figure{margin:1rem 0}
 figure svg,figure img{display:block;max-width:100%;height:auto}
-figure img{image-rendering:auto;border-radius:4px}
+figure img{border-radius:4px}
+.pixels{image-rendering:pixelated}
 figure svg text{font-family:system-ui,"Segoe UI",Roboto,Arial,sans-serif!important}
 figcaption{max-width:46rem;margin-top:.3rem}
 summary{cursor:pointer;color:var(--faint)}

@@ -54,9 +54,9 @@ def _seconds_at(trial: Trial, place: float, by_time: bool) -> float:
 
 
 def saved_device_seconds(trials: Sequence[Trial], total_images: int) -> float:
-    """What the trials that were stopped would have used besides, each at its own speed so far."""
+    """What the trials that were pruned would have used besides, each at its own speed so far."""
     return sum(
         (total_images - each.last.images_seen) * each.last.device_seconds / each.last.images_seen
         for each in trials
-        if each.state == "stopped" and each.last is not None
+        if each.state == "pruned" and each.last is not None
     )

@@ -38,7 +38,7 @@ class Definition:
 
     @property
     def first_rung(self) -> float:
-        """Where a trial may be stopped for the first time, in what is compared."""
+        """Where a trial may be pruned for the first time, in what is compared."""
         if self.search.compare == "device_seconds":
             return self.search.first_rung_device_seconds or 0.0
         return float(self.search.first_rung_images or self.base.cadence.evaluate_images)

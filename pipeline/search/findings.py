@@ -54,7 +54,7 @@ class Findings:
         return [each for each in self.definition.space.parameters if len(set(map(repr, each.values))) > 1]
 
     def rungs(self) -> list[float]:
-        """Where trials could be stopped: images, or device-seconds as far as any trial came."""
+        """Where trials could be pruned: images, or device-seconds as far as any trial came."""
         search, found = self.definition.search, []
         end = float(self.total_images)
         if self.by_time:

@@ -17,20 +17,20 @@ them twice; they are pickles; and they are restored only by the code that wrote 
 A trial's run is an ordinary run of the store, NAME-0007, with its own checkpoints and curves.
 """
 
-import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from pipeline import run_folder, storage
-from pipeline.run_folder import Launch, RunError
+from pipeline import record_file, run_folder, storage
+from pipeline.run_folder import Launch, RunError, launches_of
 from pipeline.search.definition import Definition
 
 State = Literal[
     "pending",
     "running",
     "finished",
+    "pruned",
     "stopped",
     "diverged",
     "out_of_memory",
@@ -39,7 +39,8 @@ State = Literal[
     "infeasible",
 ]
 """`running` is also a trial whose search ended before it did: the next launch continues it.
-`stopped` is one that the scheduler or a user ended early; the last five are failures."""
+`pruned` is one that the scheduler ended early, `stopped` one that a user did; the last five are
+failures."""
 UNFINISHED: tuple[State, ...] = ("pending", "running")
 FAILURES: tuple[State, ...] = ("diverged", "out_of_memory", "hung", "failed", "infeasible")
 
@@ -106,7 +107,6 @@ class SearchRecord:
     launches: tuple[Launch, ...] = ()
     result: Mapping[str, Any] = field(default_factory=dict)
     """The best trial, its registered version and the report, once there are any."""
-    format_version: int = 1
 
 
 def folder(store: str, name: str) -> str:
@@ -121,15 +121,15 @@ def run_name(search: str, number: int) -> str:
 
 
 def read_search(url: str) -> SearchRecord | None:
-    """The record in a search's folder; None where there is none."""
-    values = _read(storage.join(url, "search.json"))
-    if values is None:
-        return None
-    return SearchRecord(**{**values, "launches": tuple(Launch(**each) for each in values["launches"])})
+    """The record in a search's folder; None where there is none. Raises RecordError, StoreError."""
+    return record_file.read(
+        storage.join(url, "search.json"),
+        lambda values: SearchRecord(**{**values, "launches": launches_of(values)}),
+    )
 
 
 def write_search(url: str, record: SearchRecord) -> None:
-    _write(storage.join(url, "search.json"), record)
+    record_file.write(storage.join(url, "search.json"), record)
 
 
 def update_search(url: str, **changes: Any) -> SearchRecord:
@@ -166,7 +166,7 @@ def names(store: str) -> list[str]:
 
 
 def read_trials(url: str) -> list[Trial]:
-    """All trials of a search, by their numbers. Raises RunError if one cannot be read."""
+    """All trials of a search, by their numbers. Raises RecordError if one cannot be read."""
     numbers = [
         int(name.removesuffix(".json"))
         for name in storage.list_dir(storage.join(url, "trials"))
@@ -176,12 +176,15 @@ def read_trials(url: str) -> list[Trial]:
 
 
 def read_trial(url: str, number: int) -> Trial:
-    """One trial. Raises RunError if there is none of that number, or if it cannot be read."""
-    values = _read(_trial_url(url, number))
-    if values is None:
+    """One trial. Raises RunError if there is none of that number, RecordError if it cannot be read."""
+    trial = record_file.read(_trial_url(url, number), _made)
+    if trial is None:
         raise RunError(f"{url} has no trial {number}.")
+    return trial
+
+
+def _made(values: dict[str, Any]) -> Trial:
     evaluations = tuple(Evaluation(**each) for each in values["evaluations"])
-    values.pop("format_version")
     return Trial(**{**values, "evaluations": evaluations})
 
 
@@ -242,7 +245,7 @@ class Ledger:
         return sorted(pairs, key=lambda pair: pair[1].order)
 
     def _keep(self, trial: Trial) -> None:
-        _write(_trial_url(self.url, trial.number), trial)
+        record_file.write(_trial_url(self.url, trial.number), trial)
         self._trials[trial.number] = trial
 
 
@@ -252,23 +255,3 @@ def counts(trials: Iterable[Trial]) -> dict[str, int]:
     for trial in trials:
         found[trial.state] = found.get(trial.state, 0) + 1
     return found
-
-
-def _read(url: str) -> dict[str, Any] | None:
-    if not storage.exists(url):
-        return None
-    try:
-        values: dict[str, Any] = json.loads(storage.read_text(url))
-        version = values["format_version"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise RunError(f"{url} is damaged ({error}); restore it, or delete the search's folder.") from error
-    if version != 1:
-        raise RunError(
-            f"{url} has format version {version}; this release reads 1. Use the release that wrote it."
-        )
-    return values
-
-
-def _write(url: str, record: Any) -> None:
-    text = json.dumps({"format_version": 1, **asdict(record)}, indent=2, allow_nan=False)
-    storage.write_bytes(url, text.encode())

@@ -65,7 +65,7 @@ def _by_tpe(definition: Definition, trials: Sequence[Trial], seed: int) -> dict[
 
 
 def _as_optuna(definition: Definition, trial: Trial) -> Any:
-    """A trial as Optuna ranks it: one that was stopped below all that finished, by how far it came."""
+    """A trial as Optuna ranks it: one that ended early below all that finished, by how far it came."""
     import optuna
 
     parameters = {each.name: each for each in definition.space.parameters}
@@ -109,4 +109,5 @@ def _suggested(asked: Any, parameter: Parameter) -> Any:
     low, high = parameter.values
     if parameter.kind == "integer":
         return asked.suggest_int(parameter.name, low, high)
-    return asked.suggest_float(parameter.name, low, high, log=parameter.kind == "log_uniform")
+    value = asked.suggest_float(parameter.name, low, high, log=parameter.kind == "log_uniform")
+    return parameter.rounded(value)

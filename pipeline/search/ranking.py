@@ -1,7 +1,7 @@
 """Which trial is the best: at equal images seen, or at equal time of their devices.
 
-Who came further ranks higher: those that a scheduler stopped were worse than others when they were
-stopped, and a score from early in a training says less. Whatever failed ranks last, whatever its
+Who came further ranks higher: those that a scheduler pruned were worse than others when they were
+pruned, and a score from early in a training says less. Whatever failed ranks last, whatever its
 score was before; the reason is told instead.
 """
 

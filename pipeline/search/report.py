@@ -79,6 +79,10 @@ def _best(search: Findings) -> Markup:
         report.command(f"nvae train --from-trial {search.record.name}/{trial.number}"),
         report.table(("searched setting", "value", ""), rows),
     ]
+    ends = [each.name for each in search.varied() if each.near_an_end(trial.drawn.get(each.name))]
+    if ends:
+        those = ", ".join(short_names(ends).values())
+        parts.append(note(f"Near an end of what was searched, beyond which nothing was tried: {those}."))
     if trial.model:
         parts.append(paragraph(f"Its model is registered as {trial.model}."))
     for kind in _PICTURES:

@@ -37,7 +37,7 @@ def parallel(search: Findings) -> Markup:
         return note("No trial has a score yet, so there is nothing to compare.")
     caption = (
         "Each line is a trial, from the values that it drew to its bits/dim; the darkest (on a dark screen "
-        "the brightest) are the lowest, the thick one is the best. Thin lines were stopped early or are "
+        "the brightest) are the lowest, the thick one is the best. Thin lines ended early or are "
         "still running and have the score of their last evaluation; dashed ones failed."
     )
     return figures.parallel("parallel", axes, [(each, trial.drawn) for each, trial in subjects], caption)
@@ -56,7 +56,7 @@ def scatter(search: Findings) -> list[Markup]:
     if not axes:
         return [note("Every searched setting has a single value.")]
     caption = (
-        "Full dots finished; hollow ones were stopped early or are still running, so that theirs is "
+        "Full dots finished; hollow ones ended early or are still running, so that theirs is "
         "the score of fewer images; crosses failed. The largest is the best trial."
     )
     first = [axes.pop(name) for name in (TOTAL, SPECTRAL) if name in axes]
@@ -160,8 +160,8 @@ def curves(search: Findings) -> Markup:
     if end < 12 * low:
         axis = Axis("", label, (0, end))
     caption = (
-        "Validation bits/dim of each trial. Dotted lines are the rungs, where trials may be stopped; a curve "
-        "with a hollow end was stopped there or is still running, one with a cross failed, a full dot is "
+        "Validation bits/dim of each trial. Dotted lines are the rungs, where trials may be pruned; a curve "
+        "with a hollow end ended there or is still running, one with a cross failed, a full dot is "
         "a training's end."
     )
     marks = [rung / unit for rung in search.rungs()]
@@ -234,17 +234,17 @@ def cost(search: Findings) -> list[Markup]:
     if failed:
         rows.append(row("of that, by trials that failed", len(failed), sum(map(spent, failed))))
     bars = [Bar(each.label, each.device_seconds / 3600, hours(each.device_seconds)) for each in stages]
-    stopped = [each for each in trials if each.state == "stopped" and each.last is not None]
-    words = "No trial was stopped early, so that nothing was saved."
-    if stopped:
+    pruned = [each for each in trials if each.state == "pruned" and each.last is not None]
+    words = "No trial was pruned, so that nothing was saved."
+    if pruned:
         saved = saved_device_seconds(trials, search.total_images)
-        rows.append(row("saved by stopping early (estimate)", len(stopped), saved))
-        bars.append(Bar("saved by stopping early", saved / 3600, f"{hours(saved)} (estimate)", supposed=True))
+        rows.append(row("saved by pruning (estimate)", len(pruned), saved))
+        bars.append(Bar("saved by pruning", saved / 3600, f"{hours(saved)} (estimate)", supposed=True))
         words = (
-            "What was saved is an estimate: what the stopped trials would have used up to "
+            "What was saved is an estimate: what the pruned trials would have used up to "
             f"{search.total_images:,} images, each at the speed that it had."
         )
-    unmeasured = sum(each.state == "stopped" and each.last is None for each in trials)
+    unmeasured = sum(each.state == "pruned" and each.last is None for each in trials)
     if unmeasured:
         words += f" {counted(unmeasured, 'trial')} without any evaluation cannot be estimated."
     header = ["between rungs", "trials", "device-hours", *([] if price is None else ["money"])]

@@ -66,9 +66,29 @@ class Parameter:
         if self.kind == "integer":
             return chance.randint(low, high)
         if self.kind == "uniform":
-            return chance.uniform(low, high)
-        value = math.exp(chance.uniform(math.log(low), math.log(high)))
-        return min(max(value, low), high)  # rounding may lead a hair beyond an end
+            return self.rounded(chance.uniform(low, high))
+        return self.rounded(math.exp(chance.uniform(math.log(low), math.log(high))))
+
+    def near_an_end(self, value: Any) -> bool:
+        """Whether a value lies in the outer twentieth of its range, on either side."""
+        if self.kind == "choice" or value is None:
+            return False
+        low, high = self.values
+        if self.kind == "integer":
+            return bool(value in (low, high))
+        if self.kind == "log_uniform":
+            low, value, high = map(math.log, (low, value, high))
+        return bool(min(value - low, high - value) < (high - low) / 20)
+
+    def rounded(self, value: float) -> float:
+        """A value of a range with few enough digits to be read, said and typed.
+
+        The step is below a thousandth of the range, in a logarithmic one also of the value.
+        """
+        low, high = self.values
+        span = high - low if self.kind == "uniform" else min(value, high - low)
+        decimals = 3 - math.floor(math.log10(span)) if span else 0
+        return float(min(max(round(value, decimals), low), high))
 
     def __str__(self) -> str:
         shown = ", ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in self.values)

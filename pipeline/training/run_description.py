@@ -21,6 +21,9 @@ from pipeline.run_folder import State
 Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
 """In MLflow's words; KILLED is a run that was stopped and may be continued."""
 
+PARENT_TAG = "mlflow.parentRunId"
+"""By which MLflow shows a run below another."""
+
 _SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
 # MLflow's limits.
 _PARAMETER_LENGTH, _TAG_LENGTH = 6000, 8000
@@ -62,8 +65,12 @@ def describe(
         parameters={name: _as_parameter(value) for name, value in parameters.items()},
         tags={name: as_tag(value) for name, value in tags.items()},
     )
-    storage.write_bytes(_url(run_url), json.dumps(asdict(description), indent=2).encode())
+    write_description(run_url, description)
     return description
+
+
+def write_description(run_url: str, description: RunDescription) -> None:
+    storage.write_bytes(_url(run_url), json.dumps(asdict(description), indent=2).encode())
 
 
 def read_description(run_url: str) -> RunDescription | None:

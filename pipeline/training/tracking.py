@@ -14,7 +14,7 @@ driver, too (`conclude`): rank 0 may have had no time to.
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -26,6 +26,7 @@ from pipeline.training.journal import Journal, StoredJournal, json_number
 from pipeline.training.mlflow_client import Client, in_short, is_overload
 from pipeline.training.pace import pause_seconds
 from pipeline.training.run_description import (
+    PARENT_TAG,
     RunDescription,
     Status,
     TrackingError,
@@ -34,6 +35,7 @@ from pipeline.training.run_description import (
     describe,
     read_description,
     redact,
+    write_description,
 )
 
 START_SECONDS = 15.0
@@ -178,6 +180,29 @@ def conclude(run_url: str, tracking_uri: str, status: Status) -> str:
         )
         return ""
     return courier.delivery.run_id
+
+
+def nest(run_url: str, tracking_uri: str, parent_run_id: str) -> None:
+    """Put a run below another in MLflow, if it is not yet. Never raises for an outage, never waits long.
+
+    For runs that were begun while the MLflow run above them was not known.
+    """
+    description = read_description(run_url)
+    if description is None or description.tags.get(PARENT_TAG) == parent_run_id:
+        return
+    nested = replace(description, tags={**description.tags, PARENT_TAG: parent_run_id})
+    journal, client = StoredJournal(run_url), Client(tracking_uri)
+    client.until = time.monotonic() + CONCLUDE_SECONDS
+    try:
+        Courier(journal, Delivery(client, nested, journal.read_file), tracking_uri).connect()
+        write_description(run_url, nested)
+    except Exception as error:
+        logger.warning(
+            "MLflow at %s does not know yet below which run %s stands (%s)",
+            redact(tracking_uri),
+            run_url,
+            in_short(error),
+        )
 
 
 @dataclass(frozen=True)

@@ -122,8 +122,8 @@ def test_a_search_that_is_killed_again_and_again_loses_nothing_and_does_nothing_
     found = outcome(url)
     assert [number for number, *_ in found] == [1, 2, 3, 4, 5, 6]
     for number, drawn, state, evaluations in found:
-        assert state in ("finished", "stopped")
-        # Each evaluation once and none left out, up to the end or to where it was stopped.
+        assert state in ("finished", "pruned")
+        # Each evaluation once and none left out, up to the end or to where it was pruned.
         last = TOTAL if state == "finished" else evaluations[-1][0]
         assert [at for at, _ in evaluations] == list(range(STEP, last + 1, STEP))
         assert drawn == outcome_of_one(definitions[scheduler], number)
@@ -155,13 +155,13 @@ def test_decisions_after_a_kill_are_those_of_an_unbroken_search(tmp_path, defini
         for _ in range(len(unbroken.conductor.ledger.trials)):
             launch.conductor.next(str(random.random()))
         decisions[number, result[IMAGES]] = launch.conductor.evaluated(launch._id(number), result)
-    stopped = {number for (number, _), decision in decisions.items() if decision == "STOP"}
-    assert stopped == {n for n, _, state, _ in outcome(str(tmp_path / "unbroken")) if state == "stopped"}
-    assert stopped
+    pruned = {number for (number, _), decision in decisions.items() if decision == "STOP"}
+    assert pruned == {n for n, _, state, _ in outcome(str(tmp_path / "unbroken")) if state == "pruned"}
+    assert pruned
 
 
 def test_asha_keeps_the_better_half_at_each_rung(tmp_path, definitions):
-    """An oracle by hand: one after the other, each worse than all before it, is stopped at the first rung."""
+    """An oracle by hand: one after the other, each worse than all before it, is pruned at the first rung."""
     tune = ToyTune(definitions["asha"], str(tmp_path), wanted=4, concurrent=1)
     ordered = iter([3.0, 2.0, 4.0, 1.0])
     values = {}
@@ -180,7 +180,7 @@ def test_asha_keeps_the_better_half_at_each_rung(tmp_path, definitions):
     assert decisions == {3: 100}  # 4.0 after 3.0 and 2.0; each of the others was the best so far
 
 
-def test_a_trial_at_its_last_image_is_never_stopped(tmp_path, definitions):
+def test_a_trial_at_its_last_image_is_never_pruned(tmp_path, definitions):
     for name in ("asha", "median"):
         tune = ToyTune(definitions[name], str(tmp_path / name), wanted=6, concurrent=1)
         while (number := tune.conductor.next(str(random.random()))) is not None:

@@ -22,8 +22,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import lease, run_folder
+from pipeline import lease
 from pipeline.data import shards
+from pipeline.record_file import RecordError
 from pipeline.search import ledger as ledgers
 from pipeline.search.ledger import UNFINISHED, Trial
 from tests.cluster.processes import command as nvae_command
@@ -180,7 +181,7 @@ def _finished(arguments: Sequence[str]) -> None:
 def _evaluations(url: str) -> int:
     try:
         return sum(len(trial.evaluations) for trial in ledgers.read_trials(url))
-    except run_folder.RunError:
+    except RecordError:
         return 0  # being written
 
 
@@ -188,7 +189,7 @@ def _once(trial: Trial) -> bool:
     """Whether it was evaluated at each of its places once, up to its end."""
     places = [each.images_seen for each in trial.evaluations]
     last = TOTAL if trial.state == "finished" else places[-1] if places else 0
-    return trial.state in ("finished", "stopped") and places == list(range(STEP, last + 1, STEP))
+    return trial.state in ("finished", "pruned") and places == list(range(STEP, last + 1, STEP))
 
 
 def _facts(trial: Trial) -> tuple[object, ...]:

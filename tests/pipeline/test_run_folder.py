@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import lease, run_folder
+from pipeline.record_file import RecordError
 from pipeline.run_folder import RunError, RunRecord
 
 
@@ -44,8 +45,10 @@ def test_an_unknown_run_is_refused_with_the_names_there_are(tmp_path: Path) -> N
 
 def test_a_record_of_a_later_release_is_refused(tmp_path: Path) -> None:
     url = run_folder.folder(str(tmp_path), "faces")
-    run_folder.write_record(url, a_record(format_version=2))
-    with pytest.raises(RunError, match="format version 2"):
+    run_folder.write_record(url, a_record())
+    file = Path(url, "run.json")
+    file.write_text(file.read_text().replace('"format_version": 1', '"format_version": 2'))
+    with pytest.raises(RecordError, match="format version 2"):
         run_folder.read_record(url)
 
 
@@ -54,7 +57,7 @@ def test_a_damaged_record_is_refused_with_its_place(tmp_path: Path, content: byt
     url = run_folder.folder(str(tmp_path), "faces")
     Path(url).mkdir(parents=True)
     (Path(url) / "run.json").write_bytes(content)
-    with pytest.raises(RunError, match=r"run\.json is damaged"):
+    with pytest.raises(RecordError, match=r"run\.json is damaged"):
         run_folder.read_record(url)
 
 

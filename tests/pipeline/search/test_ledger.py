@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from pipeline.record_file import RecordError
 from pipeline.run_folder import RunError
 from pipeline.search import ledger as ledgers
 from pipeline.search.ledger import Ledger, Trial
@@ -51,10 +52,11 @@ def test_the_order_goes_on_over_launches(tmp_path):
     assert Ledger(str(tmp_path)).evaluated(1, 80, 3.0, 20.0).order == 1
 
 
-def test_a_damaged_record_is_named(tmp_path):
+@pytest.mark.parametrize("text", ['{"format_version": 1, "numb', '{"format_version": 1, "evaluations": []}'])
+def test_a_damaged_record_is_named(tmp_path, text):
     Ledger(str(tmp_path)).add(trial(1))
-    (tmp_path / "trials" / "0001.json").write_text('{"format_version": 1, "numb')
-    with pytest.raises(RunError, match=r"0001\.json is damaged"):
+    (tmp_path / "trials" / "0001.json").write_text(text)
+    with pytest.raises(RecordError, match=r"0001\.json is damaged"):
         Ledger(str(tmp_path))
 
 
@@ -62,7 +64,7 @@ def test_a_newer_format_is_refused(tmp_path):
     Ledger(str(tmp_path)).add(trial(1))
     file = tmp_path / "trials" / "0001.json"
     file.write_text(file.read_text().replace('"format_version": 1', '"format_version": 2'))
-    with pytest.raises(RunError, match="format version 2; this release reads 1"):
+    with pytest.raises(RecordError, match="format version 2; this release reads 1"):
         Ledger(str(tmp_path))
 
 

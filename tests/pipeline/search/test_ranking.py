@@ -20,14 +20,14 @@ def test_finished_trials_come_first_by_their_last_score():
     trials = [
         trial(1, "finished", 3.0, 2.5),
         trial(2, "finished", 4.0, 2.4),
-        trial(3, "stopped", 2.0),
+        trial(3, "pruned", 2.0),
         trial(4, "running", 2.6),
     ]
     assert order(trials) == [2, 1, 3, 4]
 
 
-def test_of_stopped_trials_the_one_that_came_further_ranks_higher():
-    assert order([trial(1, "stopped", 2.0), trial(2, "stopped", 5.0, 4.0)]) == [2, 1]
+def test_of_trials_that_ended_early_the_one_that_came_further_ranks_higher():
+    assert order([trial(1, "pruned", 2.0), trial(2, "stopped", 5.0, 4.0)]) == [2, 1]
 
 
 def test_whatever_failed_ranks_last_whatever_it_scored():

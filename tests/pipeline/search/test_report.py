@@ -154,8 +154,8 @@ def searched(tmp_path_factory) -> Searched:
 
     found.trial(drawn(1e-3, [1, 1, 1], 0.2), scores=(3.1, 2.6, 2.2), spent_device_seconds=1200.0, starts=2)
     found.trial(drawn(1e-2, [1, 2, 3], 0.4), scores=(3.0, 2.4, 2.1), model="models:/nvae-demo/2")
-    found.trial(drawn(1e-1, [2, 2, 2]), "stopped", (3.4, 2.9), reason="worse than others at 3,000 images")
-    found.trial(drawn(1.0, [2, 2, 2]), "stopped", (3.9,), reason="worse than others at 1,000 images")
+    found.trial(drawn(1e-1, [2, 2, 2]), "pruned", (3.4, 2.9), reason="among the worse at 3,000 images")
+    found.trial(drawn(1.0, [2, 2, 2]), "pruned", (3.9,), reason="among the worse at 1,000 images")
     found.trial(
         drawn(1e-4, [1, 2, 3]),
         "failed",
@@ -377,7 +377,7 @@ def test_what_was_spent_and_saved_equals_a_calculation_by_hand(parsed):
     """Trained: two to 9,000 images, one to 3,000, four to 1,000, at 0.1 device-seconds an image.
 
     Of the last only that of trial 8 counts as 100 s in all, since its start has not ended. To the
-    end the stopped ones had 6,000 and 8,000 images to go: 1,400 s. A device costs 0.001 a second.
+    end the pruned ones had 6,000 and 8,000 images to go: 1,400 s. A device costs 0.001 a second.
     """
     rows = {row[0]: row[1:] for row in parsed.table("between rungs")}
     beside = (1200 - 900) + (1000 - 900) + (1000 - 300) + 3 * (1000 - 100)
@@ -388,7 +388,7 @@ def test_what_was_spent_and_saved_equals_a_calculation_by_hand(parsed):
         "starts, lost work, work not evaluated": (6, beside),
         "all together": (9, 1200 + 5 * 1000 + 100),
         "of that, by trials that failed": (3, 2000),
-        "saved by stopping early (estimate)": (2, 1400),
+        "saved by pruning (estimate)": (2, 1400),
     }
     assert rows.keys() == expected.keys()
     for label, (count, seconds) in expected.items():
@@ -398,10 +398,10 @@ def test_what_was_spent_and_saved_equals_a_calculation_by_hand(parsed):
 
 
 def test_what_is_saved_goes_by_each_trials_own_speed():
-    slow = Trial(1, {}, {}, "stopped", evaluations=(Evaluation(1000, 3.0, 500.0, 0),))
-    fast = Trial(2, {}, {}, "stopped", evaluations=(Evaluation(3000, 3.0, 300.0, 1),))
+    slow = Trial(1, {}, {}, "pruned", evaluations=(Evaluation(1000, 3.0, 500.0, 0),))
+    fast = Trial(2, {}, {}, "pruned", evaluations=(Evaluation(3000, 3.0, 300.0, 1),))
     finished = Trial(3, {}, {}, "finished", evaluations=(Evaluation(9000, 3.0, 900.0, 2),))
-    blind = Trial(4, {}, {}, "stopped")
+    blind = Trial(4, {}, {}, "pruned")
     assert saved_device_seconds([slow, fast, finished, blind], 9000) == 8000 * 0.5 + 6000 * 0.1
 
 
@@ -440,12 +440,12 @@ def one_finished(search: Searched) -> None:
 
 def none_finished(search: Searched) -> None:
     for place in range(4):
-        search.trial(spectral(10.0**-place), "stopped", (3.0 + place,))
+        search.trial(spectral(10.0**-place), "pruned", (3.0 + place,))
 
 
 def none_evaluated(search: Searched) -> None:
     search.trial(spectral(0.1), "running", ())
-    search.trial(spectral(0.1), "stopped", ())
+    search.trial(spectral(0.1), "pruned", ())
 
 
 def none_finite(search: Searched) -> None:

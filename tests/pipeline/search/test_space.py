@@ -1,11 +1,12 @@
 """Drawing from a space: within its ends, by its conditions, the same by the same chance."""
 
 import itertools
+import math
 import random
 
 import pytest
 from hypothesis import given
-from hypothesis.strategies import integers
+from hypothesis.strategies import floats, integers, sampled_from
 
 from pipeline.search.space import GROUPS, Parameter, Space
 
@@ -44,6 +45,39 @@ def test_log_uniform_has_as_many_draws_in_each_decade():
     drawn = [parameter.draw(chance) for _ in range(4_000)]
     decades = [sum(10**-k > value >= 10 ** -(k + 1) for value in drawn) for k in range(4)]
     assert all(abs(count - 1_000) < 120 for count in decades)
+
+
+@given(
+    sampled_from([("uniform", 0.0, 2.0), ("uniform", 0.9990, 0.9999), ("uniform", -7e4, 3e5)])
+    | sampled_from([("log_uniform", 1e-4, 1.0), ("log_uniform", 0.9990, 0.9999), ("log_uniform", 3.0, 9e6)]),
+    floats(0, 1),
+)
+def test_a_draw_has_few_digits_and_is_hardly_another_value(bounds, share):
+    kind, low, high = bounds
+    parameter = Parameter("a", kind, (low, high))
+    value = min(low + share * (high - low), high)
+    rounded = parameter.rounded(value)
+    assert low <= rounded <= high
+    scale = high - low if kind == "uniform" else min(value, high - low)
+    assert abs(rounded - value) <= scale / 2_000
+    # What is shown with as many digits as the step has is the value itself.
+    digits = 4 + math.ceil(max(math.log10(max(abs(low), abs(high)) / (high - low)), 0))
+    assert float(f"{rounded:.{digits + 1}g}") == rounded
+
+
+@pytest.mark.parametrize(
+    ("kind", "low", "high", "near", "inside"),
+    [
+        ("uniform", 0.0, 2.0, (0.0, 0.09, 1.91, 2.0), (0.11, 1.0, 1.89)),
+        ("log_uniform", 1e-4, 1.0, (1e-4, 1.5e-4, 0.7, 1.0), (2e-4, 0.5)),
+        ("integer", 3, 9, (3, 9), (4, 8)),
+        ("choice", 1, 2, (), (1, 2)),
+    ],
+)
+def test_a_value_near_an_end_of_its_range_is_known(kind, low, high, near, inside):
+    parameter = Parameter("a", kind, (low, high))
+    assert all(parameter.near_an_end(value) for value in near)
+    assert not any(parameter.near_an_end(value) for value in inside)
 
 
 def test_an_integer_reaches_both_ends():

@@ -26,6 +26,7 @@ from pipeline.training.tracking import (
     conclude,
     create_run,
     default_tracking_uri,
+    nest,
     replay,
     undelivered,
 )
@@ -110,6 +111,18 @@ def test_a_run_that_is_created_again_is_the_same_and_keeps_its_parameters(sqlite
     assert found.data.params["train.precision"] == "bf16"
     assert found.data.tags["code"] == "2"
     assert found.info.status == "RUNNING"
+
+
+def test_a_run_is_put_below_another_that_was_not_known_when_it_began(sqlite: str, run: str) -> None:
+    run_id = create(sqlite, run)
+    nest(run, NOWHERE, "parent")  # what does not arrive is not taken for done
+    nest(run, sqlite, "parent")
+    found = client(sqlite).get_run(run_id)
+    assert found.data.tags["mlflow.parentRunId"] == "parent" and found.data.tags["data.hash"] == "abc"
+    assert conclude(run, sqlite, "FINISHED") == run_id
+    nest(run, sqlite, "parent")
+    assert client(sqlite).get_run(run_id).info.status == "FINISHED"
+    nest(f"{run}-without-folder", sqlite, "parent")  # a trial that was never started
 
 
 def test_values_that_are_too_long_for_mlflow_are_cut(sqlite: str, run: str) -> None:
