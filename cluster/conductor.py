@@ -193,9 +193,7 @@ class Conductor:
             self._noted[number] = now
 
     def _prune(self, number: int) -> None:
-        last = self.ledger[number].last
-        assert last is not None
-        self.ledger.update(number, state="pruned", reason=f"among the worse at {last.images_seen:,} images")
+        self.ledger.update(number, state="pruned", reason="among the worse there")
 
     # -- the scheduler ------------------------------------------------------------------------
 

@@ -156,9 +156,11 @@ def _run_tune(
         thread = threading.Thread(target=fit, name="tune", daemon=True)
         thread.start()
         while thread.is_alive():
-            table.show(map(row, conductor.ledger.trials))
+            # Those that run last: where they are more than a terminal holds, these are what it shows.
+            table.show(map(row, sorted(conductor.ledger.trials, key=lambda trial: trial.state in UNFINISHED)))
             thread.join(_LOOK_SECONDS)
-        table.show(map(row, conductor.ledger.trials))
+        ranked = ranking.rank(conductor.ledger.trials, plan.definition.search.compare)
+        table.show((row(each.trial) for each in ranked), whole=True)
     if errors:
         raise errors[0]
 

@@ -161,20 +161,35 @@ class LiveTable:
         if self._live is not None:
             self._live.stop()
 
-    def show(self, rows: Iterable[Mapping[str, object]]) -> None:
-        """These are the rows now; of more than a terminal holds, the last."""
+    def show(self, rows: Iterable[Mapping[str, object]], whole: bool = False) -> None:
+        """These are the rows now; of more than a terminal holds the last, unless it is to be `whole`."""
         rows = list(rows)
         if self._live is not None:
-            rows = rows[-max(self._console.height - 4, 1) :]
-        cells = [[_cell(row.get(key)) for key in self._columns] for row in rows]
-        if self._live is not None:
-            self._live.update(_grid(rows, self._columns, cells), refresh=True)
+            room = None if whole else self._console.height - 1
+            self._live.vertical_overflow = "visible" if whole else "crop"
+            self._live.update(self._fitting(rows, room), refresh=True)
             return
-        for line in cells:
+        for row in rows:
+            line = self._cells(row)
             if self._shown.get(line[0]) != line:
                 self._shown[line[0]] = line
                 named = zip(self._columns.values(), line, strict=True)
                 say("  ".join(f"{heading.lower()} {cell}" for heading, cell in named if cell != "-"))
+
+    def _fitting(self, rows: Sequence[Mapping[str, object]], room: int | None) -> Table:
+        """A table of the last rows that fit into so many lines; of one at least."""
+        first = 0 if room is None else max(len(rows) - max(room - 1, 1), 0)
+        while True:
+            shown = rows[first:]
+            grid = _grid(shown, self._columns, map(self._cells, shown))
+            over = 0 if room is None else len(self._console.render_lines(grid, pad=False)) - room
+            if over <= 0 or len(shown) <= 1:
+                return grid
+            # A row may have several lines.
+            first = min(first + max(over // 4, 1), len(rows) - 1)
+
+    def _cells(self, row: Mapping[str, object]) -> list[str]:
+        return [_cell(row.get(key)) for key in self._columns]
 
     def say(self, message: str) -> None:
         """A line above the table."""

@@ -104,50 +104,39 @@ def parallel(
     scale = _Scale([subject for subject, _ in subjects])
     width = min(WIDEST, 1.6 * (len(axes) + 1.7))
     letters = int(width * 72 / (len(axes) + 1.7) / 4.8)
+    absent = {axis.name for axis in axes for _, values in subjects if axis.name not in values}
+    lines = max(_wrapped(axis.label, letters).count("\n") + 1 for axis in axes)
+    names_at = _FAILED + 0.07 if scale.has_failed else 1.06
+    low, high = _ABSENT - 0.07 if absent else -0.05, names_at + 0.07 * lines
 
     def paint(figure: "Figure") -> None:
         plot = figure.subplots()
         plot.set_axis_off()
-        plot.set(xlim=(-0.4, len(axes) + 0.3), ylim=(-0.2, 1.42))
+        plot.set(xlim=(-0.4, len(axes) + 0.3), ylim=(low, high))
         for subject, values in subjects:
             ends = [axis.place(values[axis.name]) if axis.name in values else _ABSENT for axis in axes]
             plot.plot(range(len(axes) + 1), [*ends, scale.place(subject)], **scale.line(subject))
         for at, axis in enumerate(axes):
-            incomplete = any(axis.name not in values for _, values in subjects)
-            _upright(
-                plot, at, axis.label, axis.ticks(), letters, *([(_ABSENT, "not drawn")] if incomplete else [])
-            )
-        _upright(
-            plot,
-            len(axes),
-            "bits/dim",
-            scale.ticks(),
-            letters,
-            *([(_FAILED, "failed")] if scale.has_failed else []),
-        )
+            others = [(_ABSENT, "not drawn")] if axis.name in absent else []
+            _upright(plot, at, [*axis.ticks(), *others])
+            plot.text(at, names_at, _wrapped(axis.label, letters), ha="center", va="bottom", fontsize=8)
+        _upright(plot, len(axes), [*scale.ticks(), *([(_FAILED, "failed")] if scale.has_failed else [])])
+        plot.text(len(axes), names_at, "bits/dim", ha="center", va="bottom", fontsize=8)
 
-    return drawn(name, width, 3.7, paint, f"{caption} {scale.remark}")
+    return drawn(name, width, 2.3 * (high - low), paint, f"{caption} {scale.remark}")
 
 
 _ABSENT, _FAILED = -0.13, 1.12
 """Places of what has no value on an axis from 0 to 1."""
 
 
-def _upright(
-    plot: "Axes",
-    at: float,
-    label: str,
-    ticks: Iterable[tuple[float, str]],
-    letters: int,
-    *others: tuple[float, str],
-) -> None:
-    """An axis with its name in lines of so many letters, and what lies beside its range."""
+def _upright(plot: "Axes", at: float, ticks: Iterable[tuple[float, str]]) -> None:
+    """An axis from 0 to 1, with what it says there and beside it."""
     plot.plot([at, at], [0, 1], color=FAINT, linewidth=1, zorder=8)
     box = {"facecolor": PAGE, "edgecolor": "none", "alpha": 0.8, "pad": 0.8}
-    for place, text in [*ticks, *others]:
+    for place, text in ticks:
         plot.plot([at - 0.02, at], [place, place], color=FAINT, linewidth=1, zorder=8)
         plot.text(at - 0.04, place, text, ha="right", va="center", fontsize=8, bbox=box, zorder=9)
-    plot.text(at, 1.19, _wrapped(label, letters), ha="center", va="bottom", fontsize=8)
 
 
 def _wrapped(label: str, width: int) -> str:

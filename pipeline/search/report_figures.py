@@ -78,27 +78,29 @@ class _Basis:
 
 
 def _bases(search: Findings) -> list[_Basis]:
-    """Scores at the end if enough trials finished; else, and where far more have one, at fewer images."""
+    """Scores of trials that came equally far: the furthest, and earlier ones where far more have them."""
     found = []
     finished = [each for each in search.ranked if each.trial.state == "finished"]
     scored = [(each.trial, each.bits_per_dim) for each in finished if each.bits_per_dim is not None]
     if len(scored) >= FEWEST_SCORES:
-        words = f"the {len(scored)} trials that finished"
-        found.append(_Basis(words, [trial for trial, _ in scored], [score for _, score in scored]))
+        found.append(_basis(f"the {len(scored)} trials that finished", scored))
     at: dict[int, list[tuple[Trial, float]]] = {}
     for trial in search.trials:
         for each in trial.evaluations:
             if each.bits_per_dim is not None:
                 at.setdefault(each.images_seen, []).append((trial, each.bits_per_dim))
     common = sorted(images for images, pairs in at.items() if len(pairs) >= FEWEST_SCORES)
-    if common and found:
-        most = max(common, key=lambda images: (len(at[images]), images))
-        common = [most] if len(at[most]) >= 2 * len(scored) else []
-    if common:
-        pairs = at[common[-1]]
-        words = f"the {len(pairs)} trials that were evaluated at {common[-1]:,} images"
-        found.append(_Basis(words, [trial for trial, _ in pairs], [score for _, score in pairs]))
+    furthest = [] if found else common[-1:]
+    most = [max(common, key=lambda images: (len(at[images]), images))] if common else []
+    for images in [*furthest, *most]:
+        if not found or len(at[images]) >= 2 * len(found[0].trials):
+            words = f"the {len(at[images])} trials that were evaluated at {images:,} images"
+            found.append(_basis(words, at[images]))
     return found
+
+
+def _basis(words: str, scored: Sequence[tuple[Trial, float]]) -> _Basis:
+    return _Basis(words, [trial for trial, _ in scored], [score for _, score in scored])
 
 
 def importance_section(search: Findings) -> list[Markup]:

@@ -1,5 +1,6 @@
 """What a user sees: complete where it is piped, aligned where it is read."""
 
+import io
 import os
 import re
 import sys
@@ -8,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from pipeline import progress
-from pipeline.progress import duration, evaluation_line, say, table, track, training_line
+from pipeline.progress import LiveTable, duration, evaluation_line, say, table, track, training_line
 
 
 def test_work_outside_a_terminal_is_told_in_plain_lines(capsys):
@@ -38,6 +39,44 @@ def test_a_table_in_a_terminal_has_its_numbers_on_the_right_and_its_words_on_the
         "longest         -",
         "x           12.25",
     ]
+
+
+def frames(monkeypatch, *shown, height=8):
+    """What a terminal of a few lines is given for each list of rows: the visible lines."""
+    output = io.StringIO()
+    console = Console(file=output, force_terminal=True, no_color=True, width=30, height=height)
+    monkeypatch.setattr(progress, "Console", lambda **_: console)
+    found = []
+    with LiveTable({"number": "NUMBER", "words": "WORDS"}) as live:
+        for rows, whole in shown:
+            output.seek(0)
+            output.truncate()
+            live.show(rows, whole)
+            text = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", output.getvalue()).replace("\r", "")
+            found.append([line.split() for line in text.split("\n") if line.strip()])
+    return found
+
+
+def test_a_live_table_shows_the_last_rows_that_fit_and_all_in_the_end(monkeypatch):
+    rows = [{"number": number, "words": "short"} for number in range(20)]
+    some, every = frames(monkeypatch, (rows, False), (rows, True))
+    assert [line[0] for line in some] == ["NUMBER", *map(str, range(14, 20))]
+    assert [line[0] for line in every] == ["NUMBER", *map(str, range(20))]
+
+
+def test_rows_of_several_lines_push_out_others_and_never_the_last(monkeypatch):
+    rows = [{"number": number, "words": f"many words of the row {number}, in lines"} for number in range(20)]
+    [shown] = frames(monkeypatch, (rows, False))
+    assert len(shown) <= 7 and [line[0] for line in shown if line[0].isdigit()] == ["17", "18", "19"]
+    [alone] = frames(monkeypatch, (rows, False), height=2)
+    assert [line[0] for line in alone if line[0].isdigit()] in ([], ["19"])
+
+
+def test_a_live_table_that_is_piped_tells_what_changed(capsys):
+    with LiveTable({"number": "NUMBER", "words": "WORDS"}) as live:
+        live.show([{"number": 1, "words": "a"}, {"number": 2, "words": None}])
+        live.show([{"number": 1, "words": "a"}, {"number": 2, "words": "b"}])
+    assert capsys.readouterr().err.splitlines() == ["number 1  words a", "number 2", "number 2  words b"]
 
 
 @pytest.mark.parametrize(
