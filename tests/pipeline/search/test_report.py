@@ -443,6 +443,11 @@ def none_finished(search: Searched) -> None:
         search.trial(spectral(10.0**-place), "pruned", (3.0 + place,))
 
 
+def halved(search: Searched) -> None:
+    for place in range(8):
+        search.trial(spectral(10.0 ** (-place / 4)), "pruned", (3.0 + place, 2.9 + place)[: 1 + place % 2])
+
+
 def none_evaluated(search: Searched) -> None:
     search.trial(spectral(0.1), "running", ())
     search.trial(spectral(0.1), "pruned", ())
@@ -472,6 +477,7 @@ def all_alike(search: Searched) -> None:
             ["there is no best one", "4 trials that were evaluated at 1,000 images", "chance has a part"],
             5,
         ),
+        (halved, ["4 trials that were evaluated at 3,000", "8 trials that were evaluated at 1,000"], 6),
         (none_evaluated, ["No trial has a score", "evaluated with a finite score", "cannot be estimated"], 1),
         (none_finite, ["No trial has a score", "evaluated with a finite score", "Too few scores"], 1),
         (none_feasible, ["No trial has a score", "No trial has finished", "infeasible"], 0),
