@@ -21,8 +21,9 @@ train: .venv/installed  ## set up, then the main job: portraits -> shards -> tra
 	$(BIN)/nvae shards build portraits:512 store:portraits256 --image-size 256 --validation-fraction 0.125 --if-missing
 	$(BIN)/nvae train quickstart
 
+# Two files at a time: half of the time is waiting for processes that start, die and come back.
 test: lint .venv-s3/installed  ## set up, then lint, types, import contracts and tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: .venv/installed  ## style, types and import contracts alone
 	$(BIN)/ruff check .
