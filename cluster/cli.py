@@ -108,7 +108,8 @@ for group in (lookups.shards, lookups.registry, lookups.runs, track, lookups.con
 @click.option(
     "--from-trial",
     metavar="SEARCH/N",
-    help="Take the settings of a trial; without CONFIG as many images as the search's run is trained on.",
+    help="Train the run of a search with a trial's settings, in full; with CONFIG, put the searched settings "
+    "alone over that one.",
 )
 @click.option("--dry-run", is_flag=True, help="Show what would be trained, and do nothing.")
 @store_option
@@ -191,7 +192,7 @@ def report(search: str, as_json: bool, store: str | None) -> None:
     """Write the report of SEARCH as it is now, and show its trials, the best first."""
     from cluster import search_lookup
 
-    rows, columns, url = search_lookup.report(search, store)
+    rows, columns, url = search_lookup.report(search, store, facts=as_json)
     show(rows, columns, as_json)
     click.echo(f"Report: {url}", err=as_json)
 

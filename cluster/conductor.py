@@ -159,11 +159,12 @@ class Conductor:
         """A trial's training is over, by itself."""
         number = self._numbers[tune_id]
         self._note_costs(number, goes_on=False)
-        if self.ledger[number].state in UNFINISHED and "state" in result:
-            trial = self.ledger.update(
-                number, state=result["state"], reason=result["reason"], model=result["model"]
-            )
-            self._changed(trial)
+        known = self.ledger[number]
+        if known.state in UNFINISHED and "state" in result:
+            state, reason = result["state"], result["reason"]
+            if state == "finished" and known.last is not None and known.last.bits_per_dim is None:
+                state, reason = "diverged", "its last score is no finite number"
+            self._changed(self.ledger.update(number, state=state, reason=reason, model=result["model"]))
 
     def lost(self, tune_id: str) -> None:
         """Its process was lost too often, and it is given up.
@@ -193,7 +194,7 @@ class Conductor:
             self._noted[number] = now
 
     def _prune(self, number: int) -> None:
-        self.ledger.update(number, state="pruned", reason="among the worse there")
+        self.ledger.update(number, state="pruned", reason="among the worse")
 
     # -- the scheduler ------------------------------------------------------------------------
 

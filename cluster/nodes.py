@@ -10,7 +10,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -116,6 +116,17 @@ def places(kind: str) -> Places:
 def kind_of_places() -> str:
     """What a worker needs one of: a GPU if the cluster has any, or a CPU."""
     return "GPU" if ray.cluster_resources().get("GPU", 0) else "CPU"
+
+
+def check_holds(resources: Mapping[str, float]) -> None:
+    """Raises RunError if no living node has all of these amounts at once."""
+    there = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if not any(all(node.get(name, 0) >= amount for name, amount in resources.items()) for node in there):
+        asked = ", ".join(f"{name}={amount:g}" for name, amount in resources.items())
+        most = ", ".join(
+            f"{name}={max((node.get(name, 0) for node in there), default=0):g}" for name in resources
+        )
+        raise RunError(f"No node of the cluster has {asked}; the most that a node has: {most}.")
 
 
 def leaving_nodes() -> set[str]:

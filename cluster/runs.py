@@ -49,6 +49,8 @@ def listing(store: str | None) -> Iterator[dict[str, Any]]:
 def describe(name: str, store: str | None) -> dict[str, Any]:
     """Everything about one run, for programs: its settings by their dotted paths, its newest numbers."""
     located = stores.locate(store)
+    if name in ledger.names(located) and run_folder.read_record(run_folder.folder(located, name)) is None:
+        raise run_folder.RunError(f"{name!r} is a search; `nvae report {name}` shows it.")
     record = run_folder.known_record(located, name)
     url = run_folder.folder(located, name)
     saved = checkpoints(url)

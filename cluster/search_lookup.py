@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from cluster.conductor import Fits
-from cluster.searching import DEFAULT_TRIALS, GIB, Plan, fits
-from cluster.trial_table import COLUMNS, in_short, ranked_rows
+from cluster.searching import GIB, Plan, fits, wanted
+from cluster.trial_table import COLUMNS, in_short, ranked_facts, ranked_rows
 from pipeline import config_file, estimate, progress
 from pipeline import store as stores
 from pipeline.progress import counted, duration, say
@@ -21,13 +21,16 @@ from pipeline.search.report import write_report
 RANKED_COLUMNS = {"rank": "RANK", **COLUMNS}
 
 
-def report(name: str, store: str | None) -> tuple[list[dict[str, Any]], dict[str, str], str]:
-    """The trials of a search as rows, the best first, their columns, and where the report was written."""
+def report(name: str, store: str | None, *, facts: bool) -> tuple[list[dict[str, Any]], dict[str, str], str]:
+    """The trials of a search, the best first, their columns, and where the report was written.
+
+    They are rows of a table, or all that is known of them (`facts`).
+    """
     located = stores.locate(store)
     record = ledgers.known_search(located, name)
     definition = Definition.from_plain(record.definition)
     trials = ledgers.read_trials(ledgers.folder(located, name))
-    rows = ranked_rows(trials, definition.search.compare)
+    rows = (ranked_facts if facts else ranked_rows)(trials, definition.search.compare)
     return rows, RANKED_COLUMNS, write_report(located, name)
 
 
@@ -51,7 +54,7 @@ def show_draws(plan: Plan) -> None:
     say(f"Measuring the run's own model on this machine's {kind} ...")
     speed = estimate.achieved_flops(definition.base, device)
     drawn: list[Trial] = []
-    for number in range(1, min(plan.trials or SHOWN_DRAWS, SHOWN_DRAWS) + 1):
+    for number in range(1, min(wanted(plan), SHOWN_DRAWS) + 1):
         draw = propose(definition, drawn, number)
         if draw is None:
             break
@@ -67,12 +70,12 @@ def _say_in_all(plan: Plan, rows: Sequence[Mapping[str, Any]], concurrent: int) 
     times = [row["seconds"] for row in rows if row["problem"] is None]
     if not times:
         return
-    trials, search = plan.trials or DEFAULT_TRIALS, plan.definition.search
+    trials, search = wanted(plan), plan.definition.search
     seconds = sum(times) / len(times) * trials
     said = f"{counted(trials, 'trial')} like these to their last image: {duration(seconds)}"
     if concurrent > 1:
         said += f", or {duration(seconds / concurrent)} with {concurrent} at a time"
-    say(f"{said}.")
+    say(f"{said}. (Measured now, beside whatever else runs here.)")
     if search.searcher == "tpe" and len(rows) > search.random_trials:
         say(f"From trial {search.random_trials + 1} on, a real search draws by the scores before.")
 

@@ -1,5 +1,6 @@
 """A search while it runs: Ray, Tune's experiment, the table on the terminal, and what ends it early."""
 
+import itertools
 import logging
 import os
 import tempfile
@@ -20,7 +21,7 @@ from cluster.conductor import (
     LedgerScheduler,
     LedgerSearcher,
 )
-from cluster.nodes import kind_of_places, places, ray_connection
+from cluster.nodes import check_holds, kind_of_places, places, ray_connection
 from cluster.trial import Shared, trainable
 from cluster.trial_table import COLUMNS, row
 from pipeline import estimate, run_folder
@@ -42,6 +43,8 @@ os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
 logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
 
 DEFAULT_TRIALS = 20
+_MOST_LISTED = 100_000
+"""Combinations of a space that are counted."""
 GIB = 2**30
 _LOOK_SECONDS = 0.5
 
@@ -70,6 +73,16 @@ class Plan:
         return ledgers.folder(self.store, self.name)
 
 
+def wanted(plan: Plan, before: int | None = None) -> int:
+    """Trials in all: as asked, or as before, or all of a grid, or 20; never more than there could be."""
+    space = plan.definition.space
+    there = sum(1 for _ in itertools.islice(space.combinations(), _MOST_LISTED)) if space.is_listed else None
+    if there is not None and plan.definition.search.searcher == "grid":
+        before = before or there
+    asked = plan.trials or before or DEFAULT_TRIALS
+    return asked if there in (None, _MOST_LISTED) else min(asked, there)
+
+
 def search(plan: Plan, record: SearchRecord, tracker: RunTracker) -> dict[str, Any]:
     """Run the trials that are left; how that ended."""
     shared = Shared(
@@ -90,6 +103,7 @@ def search(plan: Plan, record: SearchRecord, tracker: RunTracker) -> dict[str, A
         ray_connection(asked_for),
     ):
         kind = kind_of_places()
+        check_holds(plan.resources)
         concurrent = plan.concurrent or max(places(kind).total // plan.workers, 1)
         conductor = Conductor(
             plan.definition,
@@ -106,7 +120,7 @@ def search(plan: Plan, record: SearchRecord, tracker: RunTracker) -> dict[str, A
         table.say(
             f"Search {plan.name}: {counted(conductor.left, 'trial')} to run"
             + (f" ({there} there already)" if there else "")
-            + f", {concurrent} at a time, on {plan.workers} {kind}{'s' if plan.workers > 1 else ''} each."
+            + f", {concurrent} at a time, each on {_reserved(plan, kind)}."
         )
         if conductor.left and not conductor.reason_to_end():
             _run_tune(plan, shared, conductor, concurrent, kind, table)
@@ -163,6 +177,11 @@ def _run_tune(
         table.show((row(each.trial) for each in ranked), whole=True)
     if errors:
         raise errors[0]
+
+
+def _reserved(plan: Plan, kind: str) -> str:
+    amounts = plan.resources or {kind: plan.workers}
+    return ", ".join(f"{amount:g} {name}{'s' if amount != 1 else ''}" for name, amount in amounts.items())
 
 
 def _placement(plan: Plan, kind: str) -> Any:

@@ -7,7 +7,7 @@ own name, with its own lease, checkpoints, curves and recovery, and it continues
 again.
 
 After each evaluation a trial of one worker waits until the scheduler has decided, a matter of
-milliseconds, so that one that is pruned has not trained a step too far. With several workers the
+milliseconds, so that one that is pruned makes one update more at most. With several workers the
 news travels by the board and the training goes on meanwhile.
 """
 

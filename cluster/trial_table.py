@@ -1,6 +1,7 @@
 """Trials as rows of a table: while a search runs, and ranked."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from pipeline.progress import duration
@@ -42,6 +43,16 @@ def in_short(settings: Mapping[str, Any]) -> str:
         if path != GROUPS
     ]
     return "  ".join(parts)
+
+
+def ranked_facts(trials: Sequence[Trial], compare: str) -> list[dict[str, Any]]:
+    """Everything of each trial under the ledger's names, the best first, for programs."""
+    found = []
+    for each in ranking.rank(trials, compare):
+        facts = asdict(each.trial)
+        scored = {"rank": each.rank, "trial": facts.pop("number"), "bits_per_dim": each.bits_per_dim}
+        found.append({**scored, **facts})
+    return found
 
 
 def ranked_rows(trials: Sequence[Trial], compare: str) -> list[dict[str, Any]]:

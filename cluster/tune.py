@@ -9,6 +9,7 @@ checkpoints, which trials here do not have, and what it would perturb in the mid
 of the run's identity; cloning runs would make trials that cannot be repeated by their settings.
 """
 
+import math
 import platform
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -17,7 +18,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from cluster.models import tracking_uri
-from cluster.searching import DEFAULT_TRIALS, Plan, search
+from cluster.searching import Plan, search, wanted
 from pipeline import lease, run_folder, storage
 from pipeline import store as stores
 from pipeline.data.index import VALIDATION, load_index
@@ -32,6 +33,7 @@ from pipeline.run_folder import Launch, RunError
 from pipeline.search import ledger as ledgers
 from pipeline.search import ranking, reading
 from pipeline.search.definition import Definition, changes
+from pipeline.search.findings import registered_weights
 from pipeline.search.ledger import SearchRecord, Trial
 from pipeline.search.report import write_report
 from pipeline.settings import flatten
@@ -52,7 +54,7 @@ def plan(
 ) -> Plan:
     """Resolve the definition and all defaults. Raises InputError if that is not possible."""
     located = stores.locate(store)
-    chosen_name = name or PurePosixPath(config).stem
+    chosen_name = PurePosixPath(config).stem if name is None else name
     ledgers.folder(located, chosen_name)  # refuses what is no name
     if resources and workers > 1:
         raise RunError("--resources is for trials of one worker; leave it out, or --workers-per-trial.")
@@ -76,7 +78,9 @@ def parse_resources(text: str) -> dict[str, float]:
         try:
             found[name.strip()] = float(amount)
         except ValueError:
-            raise RunError(f"--resources {text!r}: write NAME=AMOUNT, as in CPU=4,GPU=1.") from None
+            found[""] = 0.0
+    if not all(name and 0 < amount < math.inf for name, amount in found.items()):
+        raise RunError(f"--resources {text!r}: write NAME=AMOUNT with amounts above 0, as in CPU=4,GPU=1.")
     return found
 
 
@@ -161,7 +165,7 @@ def _begin(plan: Plan, record: SearchRecord | None, data_hash: str) -> SearchRec
         data_hash=data_hash,
         tracking_uri=storage.shown(plan.tracking),
         mlflow_run_id=run_id,
-        trials=plan.trials or (record.trials if record else DEFAULT_TRIALS),
+        trials=wanted(plan, record.trials if record else None),
         workers=plan.workers,
         launches=(*(record.launches if record else ()), launch),
         result=record.result if record else {},
@@ -228,7 +232,8 @@ def farewell(plan: Plan, end: Mapping[str, Any]) -> str:
         lines += [
             f"Best: trial {result['best']}, {result['bits_per_dim']:.4f} bits/dim",
             *(f"  {path} {value}" for path, value in result["settings"].items()),
-            f"  model  {result['alias'] or result['model'] or 'not registered: MLflow was away'}",
+            f"  model  {result['alias'] or result['model'] or 'not registered: MLflow was away'}"
+            + registered_weights(plan.store, plan.name, result["best"]),
         ]
     lines += [f"Report: {result['report']}"]
     if result["best"] is not None:

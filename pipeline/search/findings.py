@@ -83,6 +83,16 @@ class Findings:
         ]
 
 
+def registered_weights(store: str, search: str, number: int) -> str:
+    """Which weights of a trial are registered, in words: its run's best, which need not be its last."""
+    record = run_folder.read_record(run_folder.folder(store, ledger.run_name(search, number)))
+    if record is None or "images_seen" not in record.result:
+        return ""
+    score = record.result["metrics"].get("validation/bits_per_dim")
+    scored = "" if score is None else f", {score:.4f} bits/dim on all validation images"
+    return f" (the weights at {record.result['images_seen']:,} images{scored})"
+
+
 def safe(text: str) -> str:
     """Words from outside without the passwords of URLs in them."""
     return redact(text)

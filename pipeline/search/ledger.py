@@ -154,7 +154,7 @@ def known_search(store: str, name: str) -> SearchRecord:
 def known_trial(store: str, reference: str) -> tuple[Definition, Trial]:
     """The trial SEARCH/N and the search's definition. Raises RunError if there is no such trial."""
     name, _, number = reference.partition("/")
-    if not number.isdigit():
+    if not number.isdecimal() or not number.isascii():
         raise RunError(f"{reference!r} is no trial; name it as SEARCH/NUMBER, such as groups/7.")
     record = known_search(store, name)
     return Definition.from_plain(record.definition), read_trial(folder(store, name), int(number))

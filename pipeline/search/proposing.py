@@ -19,11 +19,11 @@ from pipeline.search.ledger import FAILURES, UNFINISHED, Trial
 from pipeline.search.space import Parameter
 
 ATTEMPTS = 20
-"""To draw settings that no trial has had; a small space may have no others."""
+"""To draw settings that no trial has had; in a small space they may be hard to meet, or there are none."""
 
 
 def propose(definition: Definition, trials: Sequence[Trial], number: int) -> dict[str, Any] | None:
-    """The draw of trial `number` (from 1), with `trials` known; None where a grid has no more."""
+    """The draw of trial `number` (from 1), with `trials` known; None where nothing is left to be tried."""
     search, space = definition.search, definition.space
     if search.searcher == "grid":
         return next(itertools.islice(space.combinations(), number - 1, None), None)
@@ -36,8 +36,11 @@ def propose(definition: Definition, trials: Sequence[Trial], number: int) -> dic
         else:
             drawn = space.draw(chance)
         if space.settings(drawn) not in known:
-            break
-    return drawn
+            return drawn
+    if not space.is_listed:
+        return None
+    left = [each for each in space.combinations() if space.settings(each) not in known]
+    return random.Random(f"{search.seed}/{number}").choice(left) if left else None
 
 
 def _by_tpe(definition: Definition, trials: Sequence[Trial], seed: int) -> dict[str, Any]:

@@ -35,7 +35,7 @@ def rank(trials: Sequence[Trial], compare: str) -> list[Ranked]:
 
     def order(pair: tuple[Trial, Evaluation | None]) -> tuple[bool, bool, float, float, int]:
         trial, score = pair
-        if score is None or trial.state in FAILURES:
+        if score is None or score.bits_per_dim is None or trial.state in FAILURES:
             return True, trial.state == "infeasible", 0.0, 0.0, trial.number
         reached = float(score.images_seen)
         if compare == "device_seconds":

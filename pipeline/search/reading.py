@@ -18,15 +18,14 @@ trials would be compared by different yardsticks.
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from difflib import get_close_matches
 from typing import Any
 
 from pipeline.config import RunConfig, SearchConfig
 from pipeline.config_draft import ConfigError, Draft, File, Given, Problem, beside, read, unknown
 from pipeline.search.definition import Definition
-from pipeline.search.groups import LARGEST_SKEW
-from pipeline.search.space import GROUPS, KINDS, STRUCTURE, Parameter, Space
-from pipeline.settings import nearest, search_settings, settings
+from pipeline.search.mistakes import problem_of_values, unknown_of_search, unknown_of_space
+from pipeline.search.space import GROUPS, KINDS, STRUCTURE, TOTAL, Parameter, Space
+from pipeline.settings import search_settings, settings
 
 _AMOUNTS = ("train.total_images", "cadence.", "evaluation.")
 """Beginnings of the paths in which a search asks for less than its run does."""
@@ -70,25 +69,29 @@ class _Reading:
 
     def __init__(self, file: File) -> None:
         self.draft = Draft(file.name)
-        self.problems = self.draft.problems
+        self.problems: list[Problem] = []
+        """Of the search and its space; the draft has those of the run."""
         self._file = file
         self._own: dict[str, Given] = {}
         """Settings that the search itself gives, over its run's."""
         self._search: dict[str, Given] = {}
         self._space: dict[str, Given] = {}
         entries = self.draft.parse(file.text, file.name)
+        if self.draft.problems:  # of a file that is no YAML nothing else is known
+            raise ConfigError(self.draft.problems)
         self._add_run([entry for entry in entries if entry.path == "run"])
         self.add([entry for entry in entries if entry.path != "run"], of_file=True)
 
     def _add_run(self, given: Sequence[Given]) -> None:
         if len(given) != 1 or not isinstance(given[0].value, str):
-            self._report(self._file.name, "run", "give one preset, file or URL whose settings are searched")
+            message = "give one preset, file or URL whose settings are searched"
+            self.draft.problems.append(Problem(self._file.name, "run", message))
             self.draft.partly_read = True
             return
         try:
             self.draft.add_file(read(beside(self._file.location, given[0].value)))
         except ConfigError as error:
-            self.problems += [replace(each, origin=given[0].origin) for each in error.problems]
+            self.draft.problems += [replace(each, origin=given[0].origin) for each in error.problems]
             self.draft.partly_read = True
 
     def add(self, entries: Iterable[Given], *, of_file: bool) -> None:
@@ -106,6 +109,8 @@ class _Reading:
                 self._own[entry.path] = entry
             elif part in PARTS and entry.value in (None, {}):
                 continue
+            elif entry.path == "run":
+                self._report(entry.origin, entry.path, f"is given in {self._file.name}; change it there")
             else:
                 self._report(entry.origin, entry.path, f"is none of {', '.join(PARTS)}")
 
@@ -115,16 +120,18 @@ class _Reading:
         self.draft.add(self._own.values())
         search, parameters = self._read_search(), self._read_space()
         base = self._base()
-        if base is None or search is None:
-            raise ConfigError(self.problems)
+        if base is None:
+            raise ConfigError([*self.draft.problems, *self.problems])
         full = {
             path: of_the_run[path].value if path in of_the_run else setting.default
             for path, setting in settings().items()
             if path.startswith(_AMOUNTS) and path in self._own
         }
-        definition = Definition(base, search, Space(tuple(parameters), base.model.num_scales), full)
+        space = Space(tuple(parameters), base.model.num_scales)
+        definition = Definition(base, search or SearchConfig(), space, full)
         self._check_space(definition)
-        self._check_search(definition)
+        if search is not None:
+            self._check_search(definition)
         if self.problems:
             raise ConfigError(self.problems)
         return definition
@@ -133,7 +140,7 @@ class _Reading:
         try:
             return self.draft.finish()
         except ConfigError:
-            return None  # its problems are among ours
+            return None  # the draft has the problems
 
     # -- search ---------------------------------------------------------------------------
 
@@ -142,7 +149,7 @@ class _Reading:
         for name, entry in self._search.items():
             known = search_settings().get(f"search.{name}")
             if known is None:
-                self._report(entry.origin, f"search.{name}", _unknown_of_search(name))
+                self._report(entry.origin, f"search.{name}", unknown_of_search(name))
                 continue
             try:
                 values[name] = SearchConfig.parse(name, entry.value)
@@ -196,9 +203,13 @@ class _Reading:
             elif path in STRUCTURE:
                 kinds[path] = ("choice", replace(entry, value=[entry.value]))
             else:
-                self._report(entry.origin, f"space.{path}", _unknown_of_space(path))
+                self._report(entry.origin, f"space.{path}", unknown_of_space(path))
         if not self._space:
             self._report(self._file.name, "space", "is empty; say which settings to search")
+        parts = [entry for name, (_, entry) in kinds.items() if name in STRUCTURE]
+        if parts and TOTAL not in kinds:
+            message = "needs a total, as in {total: {integer: [3, 12]}}"
+            self._report(parts[0].origin, f"space.{GROUPS}", message)
         parameters = [
             parameter
             for name, (kind, entry) in kinds.items()
@@ -222,7 +233,7 @@ class _Reading:
             self._report(
                 entry.origin, where, f"is searched here and given a value at {self._own[name].origin}"
             )
-        elif problem := _problem_of_values(name, kind, entry.value):
+        elif problem := problem_of_values(name, kind, entry.value):
             self._report(entry.origin, f"{where}.{kind}", problem)
         else:
             values = entry.value
@@ -268,7 +279,7 @@ class _Reading:
             if parameter.name not in STRUCTURE:
                 for value in parameter.probes():
                     self._try(definition, {**self._beside(definition, parameter), parameter.name: value})
-        if any(name in STRUCTURE for name in names):
+        if TOTAL in names:
             for drawn in definition.space.extremes():
                 self._try(definition, drawn)
 
@@ -289,13 +300,18 @@ class _Reading:
             found = [(GROUPS, str(error))]
         else:
             return
-        origin = next(entry.origin for path, entry in self._space.items() if path.startswith(list(drawn)[-1]))
+        places = [
+            entry.origin
+            for name in reversed(list(drawn))
+            for path, entry in self._space.items()
+            if path == name or path.startswith(f"{name}.")
+        ]
         shown = ", ".join(f"{name}={value}" for name, value in drawn.items())
         for path, message in found:
             # Of the same mistake with several values, the first will do.
-            known = [each for each in self.problems if each.path == f"space.{path}"]
-            if not any(each.message.endswith(f": {message}") for each in known):
-                self._report(origin, f"space.{path}", f"with {shown}: {message}")
+            known = [each.message for each in self.problems if each.path == f"space.{path}"]
+            if not any(f": {message.partition(', not ')[0]}" in each for each in known):
+                self._report(places[0], f"space.{path}", f"with {shown}: {message}")
 
     def _report(self, origin: str, path: str, message: str) -> None:
         self.problems.append(Problem(origin, path, message))
@@ -309,48 +325,3 @@ def _completed_structure(parameters: Sequence[Parameter]) -> list[Parameter]:
     defaults = {f"{GROUPS}.skew": 0.0, f"{GROUPS}.minimum": 1}
     missing = [Parameter(name, "choice", (value,)) for name, value in defaults.items() if name not in names]
     return [*parameters, *missing]
-
-
-def _problem_of_values(name: str, kind: str, values: Any) -> str:
-    """What is wrong with the values of a parameter; "" if nothing is."""
-    wrong = _problem_of_kind(kind, values)
-    return _problem_of_structure(STRUCTURE[name], kind, values) if name in STRUCTURE and not wrong else wrong
-
-
-def _problem_of_kind(kind: str, values: Any) -> str:
-    if kind == "choice":
-        if isinstance(values, list) and values:
-            return "" if len({repr(value) for value in values}) == len(values) else "names a value twice"
-        return f"must be a list of values, not {values!r}"
-    number = int if kind == "integer" else (int, float)
-    is_pair = isinstance(values, list) and len(values) == 2
-    if not is_pair or not all(isinstance(v, number) and not isinstance(v, bool) for v in values):
-        noun = "whole numbers" if kind == "integer" else "numbers"
-        return f"must be two {noun}, [LOWEST, HIGHEST], not {values!r}"
-    if not values[0] < values[1]:
-        return f"must begin with the lower end, not {values!r}"
-    if kind == "log_uniform" and values[0] <= 0:
-        return f"must lie above 0, where a logarithm is, not {values!r}"
-    return ""
-
-
-def _problem_of_structure(part: str, kind: str, values: Sequence[Any]) -> str:
-    if part == "skew":
-        fine = all(isinstance(value, int | float) and abs(value) <= LARGEST_SKEW for value in values)
-        return "" if fine else f"must be numbers from {-LARGEST_SKEW:g} to {LARGEST_SKEW:g}, not {values!r}"
-    whole = kind in ("choice", "integer") and all(type(value) is int and value >= 1 for value in values)
-    return "" if whole else f"must be whole numbers >= 1, not {values!r}"
-
-
-def _unknown_of_search(name: str) -> str:
-    known = [path.partition(".")[2] for path in search_settings()]
-    guess = get_close_matches(name, known, 1)
-    return "there is no such setting of a search" + (f"; did you mean search.{guess[0]}?" if guess else "")
-
-
-def _unknown_of_space(path: str) -> str:
-    name = path if path in settings() else path.rpartition(".")[0]
-    if name in settings():
-        return f"say what to choose from: one of {', '.join(f'{kind}: [...]' for kind in KINDS)}"
-    guess = nearest(name)
-    return "there is no such setting" + (f"; did you mean {guess}?" if guess else "")

@@ -12,7 +12,7 @@ from pipeline.search import ledger
 from pipeline.search import report_figures as figures_of
 from pipeline.search.cost import spent
 from pipeline.search.definition import Definition
-from pipeline.search.findings import Findings, hours, safe, short_names, shown
+from pipeline.search.findings import Findings, hours, registered_weights, safe, short_names, shown
 from pipeline.search.ledger import FAILURES, Trial
 from pipeline.search.space import GROUPS, STRUCTURE
 from pipeline.training.run_description import redact
@@ -84,7 +84,8 @@ def _best(search: Findings) -> Markup:
         those = ", ".join(short_names(ends).values())
         parts.append(note(f"Near an end of what was searched, beyond which nothing was tried: {those}."))
     if trial.model:
-        parts.append(paragraph(f"Its model is registered as {trial.model}."))
+        weights = registered_weights(search.store, search.record.name, trial.number)
+        parts.append(paragraph(f"Its model is registered as {trial.model}{weights}."))
     for kind in _PICTURES:
         parts.append(_newest_picture(search, trial, kind))
     return section(title, *parts)

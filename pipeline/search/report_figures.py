@@ -11,12 +11,11 @@ from pipeline.search.cost import saved_device_seconds, spending, spent
 from pipeline.search.findings import Findings, hours, short_names
 from pipeline.search.importance import FEWEST_SCORES, importance
 from pipeline.search.ledger import FAILURES, Trial
-from pipeline.search.space import GROUPS
+from pipeline.search.space import GROUPS, TOTAL
 from pipeline.training.journal import StoredJournal, decode
 
 TRIALS_PER_SETTING = 10
 """Below this what is said of importance is doubtful."""
-TOTAL = f"{GROUPS}.total"
 SPECTRAL = "objective.spectral_coefficient"
 
 

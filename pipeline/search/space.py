@@ -19,6 +19,7 @@ from pipeline.search.groups import spread
 Kind = Literal["choice", "uniform", "log_uniform", "integer"]
 KINDS = get_args(Kind)
 GROUPS = "model.groups_per_scale"
+TOTAL = f"{GROUPS}.total"
 STRUCTURE = {f"{GROUPS}.{part}": part for part in ("total", "skew", "minimum")}
 
 Drawn = Mapping[str, Any]
@@ -111,6 +112,11 @@ class Space:
             if parameter.holds(drawn):
                 drawn[parameter.name] = parameter.draw(chance)
         return drawn
+
+    @property
+    def is_listed(self) -> bool:
+        """Whether every parameter has a list of values."""
+        return all(parameter.kind in ("choice", "integer") for parameter in self.parameters)
 
     def combinations(self) -> Iterator[dict[str, Any]]:
         """Every combination of listed values, the last parameter changing fastest.

@@ -189,6 +189,17 @@ def test_a_trial_at_its_last_image_is_never_pruned(tmp_path, definitions):
             assert tune.conductor.evaluated(tune._id(number), result) == "CONTINUE"
 
 
+def test_a_trial_that_ends_with_a_score_that_is_no_number_has_diverged(tmp_path, definitions):
+    tune = ToyTune(definitions["none"], str(tmp_path), wanted=2, concurrent=1)
+    for bits in (2.0, WORST):
+        number = tune.conductor.next(str(random.random()))
+        tune._start(number)
+        tune.conductor.evaluated(tune._id(number), {IMAGES: TOTAL, BITS: bits, SECONDS: 1.0})
+        tune.conductor.ended(tune._id(number), {"state": "finished", "reason": "", "model": None})
+    assert [trial.state for trial in tune.conductor.ledger.trials] == ["finished", "diverged"]
+    assert tune.conductor.ledger[2].reason == "its last score is no finite number"
+
+
 def test_what_is_no_number_reaches_the_scheduler_as_the_worst_and_the_ledger_as_none(tmp_path, definitions):
     tune = ToyTune(definitions["asha"], str(tmp_path), wanted=3, concurrent=1)
     for bits in (2.0, 3.0, WORST):

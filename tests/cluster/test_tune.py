@@ -12,7 +12,7 @@ import pytest
 from mlflow import MlflowClient
 
 from cluster import tune
-from cluster.searching import Plan
+from cluster.searching import Plan, wanted
 from pipeline import run_folder
 from pipeline.search import ledger as ledgers
 from pipeline.search.ledger import Trial
@@ -108,8 +108,10 @@ def check_report(home: Home, capsys: pytest.CaptureFixture[str]) -> None:
     assert shown.code == 0
     rows = json.loads(shown.out)
     assert [row["state"] for row in rows[:2]] == ["finished", "finished"]
-    assert {row["state"] for row in rows[2:]} == {"diverged", "failed", "out of memory"}
+    assert {row["state"] for row in rows[2:]} == {"diverged", "failed", "out_of_memory"}
     assert all(row["bits_per_dim"] is None and row["reason"] for row in rows[2:])
+    assert rows[0]["settings"]["optimizer.gradient_clip_norm"] >= NORM and rows[0]["model"]
+    assert [each["images_seen"] for each in rows[0]["evaluations"]] == [16, 32, 48]
     page = Path(ledgers.folder(home.store, "faults"), "report.html").read_text()
     assert "the disk is on fire" in page
     best = rows[0]["trial"]
@@ -161,6 +163,11 @@ def test_another_search_of_the_same_name_is_refused(home: Home, capsys: pytest.C
     ("arguments", "message"),
     [
         (["--resources", "CPU"], "write NAME=AMOUNT"),
+        (["--resources", "CPU=-1"], "amounts above 0"),
+        (["--resources", "CPU=nan"], "amounts above 0"),
+        (["--resources", "=1"], "write NAME=AMOUNT"),
+        (["--name", ""], "is no name for a run"),
+        (["run=mnist"], "is given in"),
         (["--resources", "CPU=1", "--workers-per-trial", "2"], "for trials of one worker"),
         (["--name", "a/b"], "is no name for a run"),
         (["--workers-per-trial", "3"], "cannot be shared equally by 3 workers"),
@@ -175,6 +182,28 @@ def test_what_cannot_be_searched_is_refused_before_anything_starts(
     assert shown.code == 2
     assert message in shown.err and "Traceback" not in shown.err
     assert not Path(home.store, "searches", "search").exists()
+
+
+def test_what_no_node_has_is_not_waited_for(home: Home, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = nvae(
+        capsys, "tune", write(home, "{scheduler: none}"), "--resources", "CPU=1,FOO=2", "--name", "foo"
+    )
+    assert shown.code == 2
+    assert "No node of the cluster has CPU=1, FOO=2" in shown.err and "FOO=0." in shown.err
+    assert not trials(home, "foo") and ledgers.known_search(home.store, "foo").state == "failed"
+
+
+def test_as_many_trials_are_wanted_as_a_listed_space_has_and_no_more(home: Home) -> None:
+    space = "  objective.spectral_coefficient: {choice: [0.1, 1]}\n  train.batch_size: {integer: [4, 6]}"
+
+    def trials_of(searcher: str, asked: int | None, before: int | None = None) -> int:
+        file = write(home, f"{{searcher: {searcher}, scheduler: none}}", space)
+        return wanted(planned(home, file, "many", trials=asked), before)
+
+    assert [trials_of("grid", *asked) for asked in ((None,), (4,), (100,), (None, 4))] == [6, 4, 6, 4]
+    assert [trials_of("random", *asked) for asked in ((None,), (4,))] == [6, 4]
+    ranged = planned(home, write(home, "{searcher: random, scheduler: none}"), "ranged")
+    assert (wanted(ranged), wanted(ranged, 7)) == (20, 7)
 
 
 def test_a_dry_run_shows_trials_and_starts_nothing(home: Home, capsys: pytest.CaptureFixture[str]) -> None:

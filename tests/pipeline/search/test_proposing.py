@@ -39,9 +39,10 @@ def test_random_draws_depend_on_their_number_alone(tmp_path):
 @pytest.mark.parametrize("searcher", ["random", "tpe"])
 def test_no_settings_are_tried_twice_while_there_are_others(tmp_path, searcher):
     lines = (f"{SPECTRAL}: {{choice: [0.1, 1]}}", "train.batch_size: {integer: [4, 6]}")
-    found = searched(definition(tmp_path, searcher, *lines), 8, lambda drawn: drawn[SPECTRAL])
-    assert len({str(trial.settings) for trial in found[:6]}) == 6
-    assert len(found) == 8
+    search = definition(tmp_path, searcher, *lines)
+    found = searched(search, 6, lambda drawn: drawn[SPECTRAL])
+    assert len({str(trial.settings) for trial in found}) == 6
+    assert propose(search, found, 7) is None
 
 
 def test_a_grid_is_gone_through_and_then_exhausted(tmp_path):

@@ -26,6 +26,11 @@ def test_finished_trials_come_first_by_their_last_score():
     assert order(trials) == [2, 1, 3, 4]
 
 
+def test_a_score_that_is_no_number_ranks_below_every_score():
+    nothing = Trial(1, {}, {}, "finished", evaluations=(Evaluation(900, None, 9.0, 0),))
+    assert order([nothing, trial(2, "pruned", 3.9), trial(3, "running", 5.0)]) == [2, 3, 1]
+
+
 def test_of_trials_that_ended_early_the_one_that_came_further_ranks_higher():
     assert order([trial(1, "pruned", 2.0), trial(2, "stopped", 5.0, 4.0)]) == [2, 1]
 

@@ -82,6 +82,7 @@ def test_every_search_that_comes_with_the_package_is_sound(name):
         ("optimizer.learning_rate: {choice: 0.1}", ":17", "must be a list of values"),
         ("optimizer.learning_rate: {choice: [0.1, 0.1]}", ":17", "names a value twice"),
         ("optimizer.learning_rate: 0.1", ":17", "say what to choose from"),
+        ("optimizer.learning_rate: {loguniform: [1, 2]}", ":17", "did you mean log_uniform"),
         ("optimizer.learning_rate: {choice: [fast]}", ":17", "must be a number > 0, not 'fast'"),
         ("train.batch_size: {uniform: [4, 8]}", ":17", "must be a whole number"),
         ("train.batch_size: {integer: [0, 8]}", ":17", "must be a whole number >= 1"),
@@ -107,6 +108,29 @@ def test_all_mistakes_are_reported_at_once(read):
     found = problems(read, text.replace("first_rung_images: 800", "first_rung: 800"))
     assert len(found) == 3
     assert "did you mean search.first_rung_images" in " ".join(found)
+
+
+@pytest.mark.parametrize(
+    ("structure", "message"),
+    [
+        ("{skew: {uniform: [0, 2]}}", "needs a total"),
+        ("{minimum: 2}", "needs a total"),
+        ("{total: {integer: [1, 6]}}", "need 3, not 1"),
+        ("{total: {integer: [3, 6]}, minimum: 2}", "need 6, not 3"),
+        ("{total: {integer: [3, 6]}, foo: 1}", "total, skew, minimum"),
+    ],
+)
+def test_a_mistake_in_a_structure_is_named_whatever_part_is_left_out(read, structure, message):
+    text = f"run: quickstart\nsearch: {{scheduler: none}}\nspace:\n  model.groups_per_scale: {structure}\n"
+    [problem] = problems(read, text)
+    assert ":4" in problem and message in problem
+
+
+def test_a_wrong_name_hides_no_wrong_value(read):
+    text = "run: quickstart\nsearch: {shceduler: none}\nspace:\n"
+    text += "  objective.kl_balancing: {choice: [true, maybe]}\n"
+    found = problems(read, text + "  optimizer.learning_rat: {uniform: [0.1, 0.2]}\n")
+    assert len(found) == 3 and any("'maybe'" in each for each in found)
 
 
 def test_a_structure_that_has_no_room_for_its_minimum_is_refused(read):

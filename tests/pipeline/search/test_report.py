@@ -154,8 +154,8 @@ def searched(tmp_path_factory) -> Searched:
 
     found.trial(drawn(1e-3, [1, 1, 1], 0.2), scores=(3.1, 2.6, 2.2), spent_device_seconds=1200.0, starts=2)
     found.trial(drawn(1e-2, [1, 2, 3], 0.4), scores=(3.0, 2.4, 2.1), model="models:/nvae-demo/2")
-    found.trial(drawn(1e-1, [2, 2, 2]), "pruned", (3.4, 2.9), reason="among the worse there")
-    found.trial(drawn(1.0, [2, 2, 2]), "pruned", (3.9,), reason="among the worse there")
+    found.trial(drawn(1e-1, [2, 2, 2]), "pruned", (3.4, 2.9), reason="among the worse")
+    found.trial(drawn(1.0, [2, 2, 2]), "pruned", (3.9,), reason="among the worse")
     found.trial(
         drawn(1e-4, [1, 2, 3]),
         "failed",
