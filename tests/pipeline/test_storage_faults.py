@@ -180,7 +180,7 @@ def test_a_store_that_names_a_pause_gets_it(stored, fault_proxy):
     assert storage.read_bytes(stored, 0, 10) == CONTENT[:10]
     after = storage.statistics()
     assert after.retries - before.retries == 1
-    assert after.paused_seconds - before.paused_seconds >= 1
+    assert after.paused_seconds >= before.paused_seconds + 1  # their difference would be rounded once more
 
 
 @pytest.mark.campaign
