@@ -20,17 +20,12 @@ import torch
 from torch import Tensor
 
 from nvae.model import NVAE
-from nvae.objective import (
-    active_channels,
-    bits_per_dim,
-    importance_weighted_bound,
-    log_importance_weight,
-    reconstruction,
-)
+from nvae.objective import active_channels, bits_per_dim
 from nvae.pixels import to_model
 from pipeline.config import RunConfig
 from pipeline.errors import InputError
-from pipeline.models.inference import inference, latent_noise
+from pipeline.models.image_scores import score_images
+from pipeline.models.inference import inference
 
 
 class EvaluationError(InputError):
@@ -105,18 +100,10 @@ def _batch_sums(model: NVAE, images: Tensor, positions: list[int], draws: int, s
 
     `images` (B, C, H, W) are as the model takes them, at these places of the split.
     """
-    features = model.encode(images)
-    reconstructions, kls, log_weights = [], [], []
-    for draw in range(draws):
-        output = model.decode(features, latent_noise(seed, positions, images.device, draw))
-        reconstruction_B = reconstruction(output, images, model.config)
-        reconstructions.append(reconstruction_B.double().sum())
-        kls.append(torch.cat([group.kl_per_channel.double().sum(0) for group in output.groups]))
-        log_weights.append(log_importance_weight(output, reconstruction_B).double())
-    bound_B = importance_weighted_bound(torch.stack(log_weights))
-    count = bound_B.new_tensor(len(images))
-    scalars = torch.stack([count, torch.stack(reconstructions).mean(), bound_B.sum()])
-    return torch.cat([scalars, torch.stack(kls).mean(0)])
+    found = score_images(model, images, positions, draws, rows=len(images), seed=seed)
+    count = found.log_likelihood.new_tensor(len(images))
+    scalars = torch.stack([count, found.reconstruction.sum(), found.log_likelihood.sum()])
+    return torch.cat([scalars, found.kl_per_channel.sum(0).flatten()])
 
 
 def _scores(sums: Tensor, model: NVAE, draws: int) -> dict[str, float]:

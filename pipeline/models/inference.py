@@ -22,14 +22,16 @@ from nvae.distributions import Noise
 
 
 def latent_noise(
-    seed: int, indices: Sequence[int], device: torch.device | str = "cpu", draw: int = 0
+    seed: int, indices: Sequence[int], device: torch.device | str = "cpu", draw: int | range = 0
 ) -> Noise:
     """Standard normal noise of the images with these indices, for one walk down the groups.
 
     Called with (B, Z, H, W) once per group, coarsest first; B is the number of indices. `draw`
-    numbers independent draws for the same image.
+    numbers independent draws for the same image; of a range, all images of one draw come before
+    those of the next, and B is indices times draws.
     """
-    generators = [_generator(f"latent/{seed}/{index}/{draw}") for index in indices]
+    draws = [draw] if isinstance(draw, int) else draw
+    generators = [_generator(f"latent/{seed}/{index}/{each}") for each in draws for index in indices]
     return _stacked(generators, np.random.Generator.standard_normal, device)
 
 
