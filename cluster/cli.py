@@ -18,6 +18,7 @@ import click
 
 from cluster import lookups
 from cluster.options import (
+    WorkersType,
     batch_size_option,
     json_option,
     overrides_argument,
@@ -208,18 +209,40 @@ def report(search: str, as_json: bool, store: str | None) -> None:
     help="Draws per image; more than one give the importance-weighted likelihood, too.",
 )
 @click.option("--limit", type=click.IntRange(1), help="Evaluate the first N validation images only.")
-@batch_size_option
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of the latents' noise.")
+@click.option(
+    "--batch-size",
+    default=64,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Images times draws at once: as many as memory holds; the result is the same but for rounding.",
+)
+@click.option(
+    "--workers",
+    type=WorkersType(),
+    metavar="N|MIN:MAX",
+    help="Evaluate on Ray workers; whatever their number, the same figures. [in this process, without Ray]",
+)
+@click.option(
+    "--record/--no-record",
+    default=True,
+    show_default=True,
+    help="Note the figures at the registered version; a URL of a checkpoint has none.",
+)
 @json_option
 @store_option
 @tracking_option
-def evaluate(as_json: bool, **asked: Any) -> None:
-    """Measure a model on a validation split: NELBO, bits/dim, KL per group.
+def evaluate(as_json: bool, **asked: Any) -> int:
+    """Measure a model on a validation split: NELBO, bits/dim, KL per group, unused groups.
 
-    MODEL is models:/NAME@ALIAS, models:/NAME/VERSION, or the URL of a checkpoint.
+    MODEL is models:/NAME@ALIAS, models:/NAME/VERSION, or the URL of a checkpoint. Exit code 1 if it
+    was asked to stop before the end.
     """
-    from cluster import models
+    from cluster import evaluating
 
-    show_facts(models.evaluate(**asked), as_json)
+    answer = evaluating.evaluate(**asked)
+    show_facts(evaluating.facts(answer), as_json)
+    return 0 if answer["state"] == "finished" else 1
 
 
 @cli.command()

@@ -1,4 +1,4 @@
-"""`nvae evaluate`, `sample` and `registry`: trained models, as the command line shows them."""
+"""`nvae sample` and `registry`: trained models, as the command line shows them."""
 
 import os
 from collections.abc import Iterator
@@ -7,14 +7,10 @@ from typing import Any, Literal
 
 from pipeline import storage
 from pipeline import store as stores
-from pipeline.data.index import VALIDATION, load_index
-from pipeline.data.loader import check_fits, evaluation_batches
-from pipeline.data.verification import check_complete
 from pipeline.errors import InputError
-from pipeline.models import evaluation, sampling
+from pipeline.models import sampling
 from pipeline.models.export import RegistryError
 from pipeline.models.registry import MissingDatabaseError, Registry, load
-from pipeline.progress import track
 from pipeline.training.tracking import default_tracking_uri
 from pipeline.training.worker import LocalWorker
 
@@ -30,32 +26,6 @@ def tracking_uri(store: str | None, tracking: str | None) -> str:
 
 def _named_tracking(tracking: str | None) -> str | None:
     return tracking or os.environ.get("MLFLOW_TRACKING_URI")
-
-
-def evaluate(
-    model: str,
-    data: str | None,
-    samples: int,
-    limit: int | None,
-    batch_size: int,
-    store: str | None,
-    tracking: str | None,
-) -> dict[str, float]:
-    """Scores of a model on the validation split of `data`, by default its own data set."""
-    loaded = load(model, tracking_uri(store, tracking))
-    config = loaded.config
-    storage.configure(config.storage)
-    root = stores.data_url(data or config.data.root, stores.locate(store))
-    config = config.model_copy(update={"data": config.data.model_copy(update={"root": root})})
-    index = load_index(root)
-    check_fits(config, index)
-    check_complete(index, (VALIDATION,), cut_is_corrupt=config.data.on_corrupt == "skip")
-    worker = LocalWorker()
-    batches = evaluation_batches(config, index, rank=0, world_size=1, limit=limit, batch_size=batch_size)
-    there = index.num_samples(VALIDATION)
-    count = min(limit or there, there)
-    shown = track(batches, "Evaluating", total=-(-count // batch_size))
-    return evaluation.evaluate(loaded.model.to(worker.device), config, shown, worker, samples)
 
 
 def sample(

@@ -9,7 +9,7 @@ import click
 from pipeline.width import Workers
 
 
-class _WorkersType(click.ParamType[Workers]):
+class WorkersType(click.ParamType[Workers]):
     """`N` or `MIN:MAX`."""
 
     name = "N or MIN:MAX"
@@ -29,7 +29,7 @@ class _WorkersType(click.ParamType[Workers]):
 
 workers_option = click.option(
     "--workers",
-    type=_WorkersType(),
+    type=WorkersType(),
     metavar="N|MIN:MAX",
     help="Ray Train workers. With a range the run goes on with fewer when nodes are lost, and with more "
     "when they return. [one per GPU, or 2 without GPUs]",

@@ -274,6 +274,16 @@ class Registry:
         """Makes `alias` that of the version `ref`, whatever had it before. `best` has a gate: `register`."""
         self._move(alias, self.find(ref))
 
+    def note(self, version: Version, tags: Mapping[str, str]) -> None:
+        """Adds tags to a version, or gives those that it has these values."""
+        with self._asking():
+            for key, value in tags.items():
+                self._client.ask(
+                    lambda mlflow, key=key, value=value: mlflow.set_model_version_tag(  # type: ignore[misc]
+                        version.name, version.version, key, value
+                    )
+                )
+
     def _move(self, alias: str, version: Version) -> None:
         def move(mlflow: Any) -> None:
             mlflow.set_registered_model_alias(version.name, alias, version.version)

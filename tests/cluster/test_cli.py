@@ -365,7 +365,11 @@ def test_evaluating_a_registered_model_gives_its_registered_score(
         assert scores[name] == pytest.approx(value, rel=1e-6), name
     # The batch size is a matter of memory.
     in_small_batches = json.loads(nvae(capsys, "evaluate", trained, "--json", "--batch-size", "4").out)
-    assert in_small_batches == pytest.approx(scores, rel=1e-5)
+    figures = [name for name in scores if name.startswith("validation/")]
+    assert [in_small_batches[name] for name in figures] == pytest.approx(
+        [scores[name] for name in figures], rel=1e-5, nan_ok=True
+    )
+    assert in_small_batches.keys() == scores.keys()
 
 
 def tiles(path: Path, columns: int) -> list[Any]:
