@@ -2,7 +2,7 @@
 
 Each command parses, calls one function and shows its answer. Imports that cost seconds
 stand inside the functions, so that help texts are instant. Commands that look at what is
-there are in lookups.py.
+there are in lookups.py, those that draw in pictures.py.
 
 Exit codes: 0 done, 1 a failed run or a bug, 2 bad input, 3 training diverged for good,
 4 trained, but MLflow did not take the model.
@@ -11,15 +11,13 @@ Exit codes: 0 done, 1 a failed run or a bug, 2 bad input, 3 training diverged fo
 import logging
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
 import click
 
-from cluster import lookups
+from cluster import lookups, pictures
 from cluster.options import (
     WorkersType,
-    batch_size_option,
     json_option,
     overrides_argument,
     show,
@@ -97,6 +95,8 @@ def cli(verbose: bool) -> None:
 
 for group in (lookups.shards, lookups.registry, lookups.runs, track, lookups.config):
     cli.add_command(group)
+for command in (pictures.sample, pictures.reconstruct, pictures.interpolate, pictures.traverse):
+    cli.add_command(command)
 
 
 @cli.command()
@@ -243,41 +243,6 @@ def evaluate(as_json: bool, **asked: Any) -> int:
     answer = evaluating.evaluate(**asked)
     show_facts(evaluating.facts(answer), as_json)
     return 0 if answer["state"] == "finished" else 1
-
-
-@cli.command()
-@click.argument("model")
-@click.argument("output", type=click.Path(dir_okay=False, path_type=Path))
-@click.option("--count", default=16, show_default=True, type=click.IntRange(1), help="Number of images.")
-@click.option(
-    "--temperature",
-    default=0.7,
-    show_default=True,
-    type=click.FloatRange(0, min_open=True),
-    help="Factor of the priors' standard deviations: lower is smoother and less varied.",
-)
-@click.option(
-    "--seed", default=0, show_default=True, type=click.IntRange(0), help="Other seeds, other images."
-)
-@batch_size_option
-@click.option(
-    "--pixels",
-    default="mean",
-    show_default=True,
-    type=click.Choice(["mean", "sample"]),
-    help="Show each pixel's mean, or draw it.",
-)
-@click.option("--recalibrate", is_flag=True, help="Re-estimate batch norm at this temperature first.")
-@store_option
-@tracking_option
-def sample(output: Path, **asked: Any) -> None:
-    """Draw images from a model into one grid, OUTPUT.png.
-
-    Image number i of a seed is the same picture whatever the count, the batch size and the device.
-    """
-    from cluster import models
-
-    click.echo(models.sample(output=output, **asked))
 
 
 @cli.command()

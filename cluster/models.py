@@ -1,22 +1,12 @@
-"""`nvae sample` and `registry`: trained models, as the command line shows them."""
+"""`nvae registry`: trained models, as the command line shows them."""
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pipeline import storage
 from pipeline import store as stores
-from pipeline.errors import InputError
-from pipeline.models import sampling
-from pipeline.models.export import RegistryError
-from pipeline.models.registry import MissingDatabaseError, Registry, load
+from pipeline.models.registry import MissingDatabaseError, Registry
 from pipeline.training.tracking import default_tracking_uri
-from pipeline.training.worker import LocalWorker
-
-
-class OutputError(InputError):
-    """A file that cannot be written where the user wants it."""
 
 
 def tracking_uri(store: str | None, tracking: str | None) -> str:
@@ -26,47 +16,6 @@ def tracking_uri(store: str | None, tracking: str | None) -> str:
 
 def _named_tracking(tracking: str | None) -> str | None:
     return tracking or os.environ.get("MLFLOW_TRACKING_URI")
-
-
-def sample(
-    model: str,
-    output: Path,
-    count: int,
-    temperature: float,
-    seed: int,
-    batch_size: int,
-    pixels: Literal["mean", "sample"],
-    recalibrate: bool,
-    store: str | None,
-    tracking: str | None,
-) -> str:
-    """Write a grid of prior samples to `output`; returns what to tell the user.
-
-    Raises OutputError before anything is loaded if `output` is no PNG or cannot be written.
-    """
-    if output.suffix.lower() != ".png":
-        raise OutputError(f"{output} cannot be written: pictures are PNG files; let its name end in .png.")
-    _check_writable(output)
-    loaded = load(model, tracking_uri(store, tracking))
-    network = loaded.model.to(LocalWorker().device)
-    if recalibrate and not sampling.recalibrate_batch_norm(network, temperature, seed):
-        raise RegistryError(
-            f"{model}: batch norm statistics at temperature {temperature} are not finite; "
-            "sample without --recalibrate."
-        )
-    images = sampling.sample_images(network, count, temperature, seed, batch_size=batch_size, pixels=pixels)
-    storage.write_bytes(str(output), sampling.png(sampling.grid(images)))
-    return f"{count} images of {model} at temperature {temperature}, seed {seed}: {output}"
-
-
-def _check_writable(output: Path) -> None:
-    folder = output.absolute().parent
-    if not folder.is_dir():
-        raise OutputError(
-            f"{output} cannot be written: there is no folder {folder}. Make it, or name another."
-        )
-    if not os.access(output if output.exists() else folder, os.W_OK):
-        raise OutputError(f"{output} cannot be written: you lack the permission. Name another place.")
 
 
 def versions(name: str | None, store: str | None, tracking: str | None) -> Iterator[dict[str, Any]]:

@@ -32,6 +32,8 @@ DOORS = {
         "pipeline/training/mlflow_client.py",
         "pipeline/training/delivery.py",
         "pipeline/models/registry.py",
+        "pipeline/models/pyfunc.py",
+        "pipeline/models/served.py",
     ],
     "optuna": ["pipeline/search/importance.py", "pipeline/search/proposing.py"],
     "psutil": ["pipeline/training/machine.py"],

@@ -12,7 +12,15 @@ from nvae.batch_norm import BatchNorm
 from nvae.model import NVAE
 from nvae.pixels import crop_border, to_model, to_uint8
 from pipeline.models.inference import inference, latent_noise
-from pipeline.models.sampling import grid, png, recalibrate_batch_norm, reconstruct, sample_images
+from pipeline.models.sampling import (
+    TemperatureError,
+    animation,
+    grid,
+    png,
+    recalibrate_batch_norm,
+    reconstruct,
+    sample_images,
+)
 from tests.pipeline.models.tiny import tiny_images, tiny_model
 
 MODEL = tiny_model()
@@ -154,3 +162,46 @@ def test_recalibration_that_does_not_stay_finite_is_undone():
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     assert not recalibrate_batch_norm(model, temperature=0.7, batches=2)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_temperature_per_scale_multiplies_the_noise_of_its_groups():
+    with inference(MODEL):
+        noise = latent_noise(5, [0])
+        eps = [noise((1, *shape)) for shape in MODEL.config.latent_shapes]
+        given = iter([1.2 * eps[0], 0.3 * eps[1], 0.3 * eps[2]])
+        expected = to_uint8(MODEL.sample(1, lambda _: next(given)).mean()).permute(0, 2, 3, 1).numpy()
+    assert nearly_equal(sample_images(MODEL, 1, (1.2, 0.3), seed=5), expected)
+
+
+def test_one_temperature_is_that_of_all_scales():
+    for temperature in ((0.7,), (0.7, 0.7)):
+        assert nearly_equal(sample_images(MODEL, 4, temperature, seed=5), TWENTY[:4])
+
+
+def test_temperatures_that_the_scales_do_not_fit_are_refused_with_the_scales():
+    with pytest.raises(TemperatureError, match=r"3 temperatures .* the model has 2 scales \(2x2, 4x4\)"):
+        sample_images(MODEL, 1, (1.0, 0.9, 0.8), seed=0)
+    for wrong in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(TemperatureError, match="numbers from 0"):
+            sample_images(MODEL, 1, wrong, seed=0)
+
+
+def test_reconstructions_at_temperature_zero_do_not_depend_on_the_seed():
+    stored = tiny_images(3, MODEL.config)
+    means = [reconstruct(MODEL, stored, seed, temperature=0) for seed in (0, 1)]
+    draws = [reconstruct(MODEL, stored, seed) for seed in (0, 1)]
+    assert np.array_equal(*means)
+    assert not nearly_equal(*draws)
+
+
+@pytest.mark.parametrize("form", ["GIF", "PNG"])
+def test_an_animation_goes_there_and_back_and_is_large_enough_to_see(form):
+    with Image.open(io.BytesIO(animation(TWENTY[:4], form))) as image:
+        assert (image.format, image.size, image.n_frames) == (form, (128, 128), 6)
+        frames = []
+        for frame in range(6):
+            image.seek(frame)
+            frames.append(np.asarray(image.convert("RGB")).astype(int)[::16, ::16])
+    for frame, original in zip(frames, [0, 1, 2, 3, 2, 1], strict=True):
+        # Of a GIF's 256 colours one is near, but not equal.
+        assert np.abs(frame - TWENTY[original]).max() <= (0 if form == "PNG" else 40)

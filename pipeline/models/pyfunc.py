@@ -1,0 +1,81 @@
+"""A trained model as an MLflow `pyfunc`, for programs that know MLflow and not us.
+
+A model that `mlflow.pyfunc.load_model` made of FOLDER gives 16 PNG files for
+`predict(pandas.DataFrame({"index": range(16)}))`.
+MLflow's models-from-code is used: the folder holds Python files that MLflow executes, and the
+weights as safetensors with their manifest. The alternative, a pickled PythonModel, would run
+whatever somebody put in its place and break with the next release.
+
+The packages `nvae` and `pipeline` are copied into it (1 MB), since the reader need not have them;
+what these need is its requirements. Loading such a folder executes code from it, as any
+pyfunc does, which is why we write them and never load them: `registry.load` is our way.
+"""
+
+import shutil
+import tempfile
+from importlib import metadata
+from pathlib import Path
+
+import mlflow
+from mlflow.models import ModelSignature
+from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
+
+import nvae
+import pipeline
+from pipeline.errors import InputError
+from pipeline.models.export import LoadedModel, write_weights
+
+_DISTRIBUTION = "nvae-cluster"
+
+
+class PyfuncError(InputError):
+    """A folder that an MLflow model cannot be written to."""
+
+
+def write_pyfunc(loaded: LoadedModel, folder: Path) -> None:
+    """Writes `loaded` as an MLflow model to `folder`, which must be new or empty.
+
+    It is written beside it and renamed, so that it is whole or not there. Raises PyfuncError.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise PyfuncError(f"{folder}: is there already. Name a folder that is new or empty.")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
+            _save(loaded, Path(scratch))
+            (Path(scratch) / "model").replace(folder)
+    except OSError as error:
+        raise PyfuncError(
+            f"{folder}: cannot be written ({error.strerror or error}). Name another place."
+        ) from error
+
+
+def _save(loaded: LoadedModel, scratch: Path) -> None:
+    weights, code = scratch / "weights", scratch / "code"
+    write_weights(str(weights), loaded.model, loaded.config)
+    for package in (nvae, pipeline):
+        source = Path(str(package.__file__)).parent
+        shutil.copytree(source, code / source.name, ignore=shutil.ignore_patterns("__pycache__"))
+    mlflow.pyfunc.save_model(
+        scratch / "model",
+        python_model=str(Path(__file__).with_name("served.py")),
+        artifacts={"model": str(weights)},
+        code_paths=[str(code / "nvae"), str(code / "pipeline")],
+        pip_requirements=_requirements(),
+        signature=_SIGNATURE,
+    )
+
+
+def _requirements() -> list[str]:
+    """What a plain installation of this release needs, and pandas, which `predict` speaks."""
+    needed = [each for each in metadata.requires(_DISTRIBUTION) or [] if "extra ==" not in each]
+    return [*needed, "pandas"]
+
+
+_SIGNATURE = ModelSignature(
+    inputs=Schema([ColSpec(DataType.long, "index")]),
+    outputs=Schema([ColSpec(DataType.binary, "png")]),
+    params=ParamSchema(
+        [ParamSpec("seed", DataType.long, 0), ParamSpec("temperature", DataType.double, -1.0)]
+    ),
+)
