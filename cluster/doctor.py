@@ -149,7 +149,8 @@ def _store(store: str) -> str:
 
 def _mlflow(store: str, tracking: str | None) -> str:
     from cluster.models import tracking_uri
-    from pipeline.models.registry import MissingDatabaseError, Registry
+    from pipeline.models.connection import MissingDatabaseError
+    from pipeline.models.registry import Registry
 
     uri = tracking_uri(store, tracking)
     try:

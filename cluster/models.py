@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from pipeline import store as stores
-from pipeline.models.registry import MissingDatabaseError, Registry
+from pipeline.models.connection import MissingDatabaseError
+from pipeline.models.registry import Registry
 from pipeline.training.tracking import default_tracking_uri
 
 

@@ -22,8 +22,9 @@ from pipeline import config_file, run_folder, storage
 from pipeline.artifacts import MANIFEST
 from pipeline.config import RunConfig
 from pipeline.data.index import load_index
+from pipeline.models.connection import UnreachableError
 from pipeline.models.export import Lineage, export, load_directory, write_weights
-from pipeline.models.registry import Registry, UnreachableError, load
+from pipeline.models.registry import Registry, load
 from pipeline.preparation import Prepared, registered_name
 from pipeline.registration import NotRegisteredError, Patience
 from pipeline.run_folder import RunError, RunRecord

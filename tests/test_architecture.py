@@ -31,7 +31,7 @@ DOORS = {
     "mlflow": [
         "pipeline/training/mlflow_client.py",
         "pipeline/training/delivery.py",
-        "pipeline/models/registry.py",
+        "pipeline/models/connection.py",
         "pipeline/models/pyfunc.py",
         "pipeline/models/served.py",
     ],

@@ -14,19 +14,17 @@ The alias `best` is moved by a gate and not by whoever came last (`versions.judg
 
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from mlflow.exceptions import MlflowException
-
 from pipeline import storage
 from pipeline.artifacts import MANIFEST, Manifest, damaged_files, read_manifest, read_verified
 from pipeline.errors import InputError
+from pipeline.models.connection import Connection, UnreachableError
 from pipeline.models.export import (
     CONFIG,
     FORMAT,
@@ -40,21 +38,12 @@ from pipeline.models.export import (
     load_directory,
 )
 from pipeline.models.versions import Version, best_of, is_ours, judge, parse_version, version_tags
-from pipeline.training.mlflow_client import Client
-from pipeline.training.pace import PERSON_LIMIT_SECONDS, Pace
+from pipeline.training.mlflow_client import THERE
 
 BEST = "best"
 
 _PASSED = "best.passed"
 _REFERENCE = re.compile(r"models:/(?P<name>[^/@:]+)(?:@(?P<alias>[A-Za-z0-9_.-]+)|/(?P<version>[0-9]{1,9}))")
-
-
-class UnreachableError(RegistryError):
-    """MLflow cannot be reached, or refuses; it may be otherwise later."""
-
-
-class MissingDatabaseError(UnreachableError):
-    """No training has made an MLflow database there yet."""
 
 
 @dataclass(frozen=True)
@@ -95,18 +84,15 @@ class Registry:
     """
 
     def __init__(self, tracking_uri: str) -> None:
-        _refuse_missing_database(tracking_uri)
-        self.tracking_uri = tracking_uri
-        self._client = Client(tracking_uri, Pace(PERSON_LIMIT_SECONDS))
-        with self._asking():
-            self._client.open()
+        self._mlflow = Connection(tracking_uri)
 
     # -- looking up -----------------------------------------------------------------------
 
     def names(self) -> list[str]:
         """Every registered model, in alphabetical order."""
-        with self._asking():
-            models = list(self._pages(lambda mlflow: mlflow.search_registered_models, max_results=1000))
+        models = self._mlflow.pages(
+            lambda mlflow, token: mlflow.search_registered_models(max_results=1000, page_token=token)
+        )
         return sorted(model.name for model in models if NAME.fullmatch(model.name))
 
     def versions(self, name: str) -> list[Version]:
@@ -142,17 +128,17 @@ class Registry:
         Raises RegistryError if there is no such model.
         """
         check_name(name)
-        model = self._unless_missing(lambda mlflow: mlflow.get_registered_model(name))
+        model = self._mlflow.unless_missing(lambda mlflow: mlflow.get_registered_model(name))
         if model is None:
             names = self.names()
             raise RegistryError(
-                f"There is no registered model {name!r} in {storage.shown(self.tracking_uri)}. Models there: "
+                f"There is no registered model {name!r} in {self._mlflow.shown}. Models there: "
                 f"{', '.join(names[:20]) or 'none'}.{_suggestion(name, names)}"
             )
         return {alias: str(version) for alias, version in model.aliases.items()}
 
     def _get(self, name: str, number: str, aliases: Mapping[str, str]) -> Version:
-        found = self._unless_missing(lambda mlflow: mlflow.get_model_version(name, number))
+        found = self._mlflow.unless_missing(lambda mlflow: mlflow.get_model_version(name, number))
         if found is None:
             newest = ", ".join(version.version for version in self.versions(name)[:10]) or "none"
             raise RegistryError(f"{name} has no version {number}; the newest: {newest}.")
@@ -166,11 +152,11 @@ class Registry:
     def _search(self, name: str, aliases: Mapping[str, str], condition: str = "") -> list[Version]:
         """Our versions of one model, which exists, that have all these tags; newest first."""
         filter_string = f"name = '{name}'{condition}"
-        with self._asking():
-            search = self._pages(
-                lambda mlflow: mlflow.search_model_versions, filter_string, max_results=10_000
+        found = self._mlflow.pages(
+            lambda mlflow, token: mlflow.search_model_versions(
+                filter_string, max_results=10_000, page_token=token
             )
-            found = list(search)
+        )
         versions = [_parse(version, aliases) for version in found if is_ours(version.tags)]
         return sorted(versions, key=lambda version: int(version.version), reverse=True)
 
@@ -189,19 +175,11 @@ class Registry:
             damaged = damaged_files(manifest)
             if damaged:
                 raise RegistryError(f"{', '.join(damaged)} is gone or cut short; export the model again.")
-            self._create_model(name)
+            self._mlflow.ask(lambda mlflow: mlflow.create_registered_model(name), but=THERE)
             version = self._same_weights(name, manifest) or self._create_version(name, manifest)
         except InputError as error:
             raise RegistryError(f"{storage.shown(url)} cannot be registered. {error}") from error
         return self._contend(version)
-
-    def _create_model(self, name: str) -> None:
-        with self._asking():
-            try:
-                self._client.ask(lambda mlflow: mlflow.create_registered_model(name))
-            except MlflowException as error:
-                if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                    raise
 
     def _same_weights(self, name: str, manifest: Manifest) -> Version | None:
         condition = f" and tags.`weights.sha256` = '{manifest.files[WEIGHTS].sha256}'"
@@ -211,12 +189,12 @@ class Registry:
     def _create_version(self, name: str, manifest: Manifest) -> Version:
         run_id = str(manifest.fields["run_id"])
         # A temporary directory is readable by this user alone.
-        with self._asking(), tempfile.TemporaryDirectory(prefix="nvae-register-") as folder:
+        with tempfile.TemporaryDirectory(prefix="nvae-register-") as folder:
             for file in (CONFIG, SAMPLES):
                 (Path(folder) / file).write_bytes(read_verified(manifest, file))
             (Path(folder) / MANIFEST).write_bytes(storage.read_bytes(storage.join(manifest.url, MANIFEST)))
-            self._client.ask(lambda mlflow: mlflow.log_artifacts(run_id, folder, "model"))
-            created = self._client.ask(
+            self._mlflow.ask(lambda mlflow: mlflow.log_artifacts(run_id, folder, "model"))
+            created = self._mlflow.ask(
                 lambda mlflow: mlflow.create_model_version(
                     name,
                     f"runs:/{run_id}/model",
@@ -247,7 +225,7 @@ class Registry:
         aliases = self._aliases(name)
         if BEST not in aliases:
             return None
-        found = self._unless_missing(lambda mlflow: mlflow.get_model_version(name, aliases[BEST]))
+        found = self._mlflow.unless_missing(lambda mlflow: mlflow.get_model_version(name, aliases[BEST]))
         return _parse(found, aliases) if found is not None and is_ours(found.tags) else None
 
     def _crown(self, candidate: Version) -> Version:
@@ -258,10 +236,7 @@ class Registry:
         the best. Of several at once, the one that moves it last has seen the marks of all.
         """
         name, winner = candidate.name, candidate
-        with self._asking():
-            self._client.ask(
-                lambda mlflow: mlflow.set_model_version_tag(name, candidate.version, _PASSED, "true")
-            )
+        self.note(candidate, {_PASSED: "true"})
         while True:
             self._move(BEST, winner)
             passed = self._search(name, {}, f" and tags.`{_PASSED}` = 'true'")
@@ -276,74 +251,22 @@ class Registry:
 
     def note(self, version: Version, tags: Mapping[str, str]) -> None:
         """Adds tags to a version, or gives those that it has these values."""
-        with self._asking():
-            for key, value in tags.items():
-                self._client.ask(
-                    lambda mlflow, key=key, value=value: mlflow.set_model_version_tag(  # type: ignore[misc]
-                        version.name, version.version, key, value
-                    )
+        for key, value in tags.items():
+            self._mlflow.ask(
+                lambda mlflow, key=key, value=value: mlflow.set_model_version_tag(  # type: ignore[misc]
+                    version.name, version.version, key, value
                 )
+            )
 
     def _move(self, alias: str, version: Version) -> None:
         def move(mlflow: Any) -> None:
             mlflow.set_registered_model_alias(version.name, alias, version.version)
 
-        with self._asking():
-            try:
-                self._client.ask(move)
-            except MlflowException:
-                # Of two that create the alias at once, the database refuses one; now it is there.
-                self._client.ask(move)
-
-    # -- MLflow's failures ----------------------------------------------------------------
-
-    @contextmanager
-    def _asking(self) -> Iterator[None]:
-        """Turns MLflow's failures into one message that names the address and the remedy."""
         try:
-            yield
-        except InputError:
-            raise
-        except Exception as error:
-            # MLflow lets the exceptions of its database library through; that library is no
-            # dependency of ours, so its types cannot be named here.
-            foreign = type(error).__module__.startswith("sqlalchemy.")
-            if not foreign and not isinstance(error, MlflowException | OSError | ImportError):
-                raise
-            # MLflow quotes the address, and a password in it would be in the traceback.
-            raise self._failure(error) from (None if "@" in self.tracking_uri else error)
-
-    def _failure(self, error: Exception) -> UnreachableError:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        reason = reason.replace(self.tracking_uri, storage.shown(self.tracking_uri))[:300]
-        return UnreachableError(
-            f"MLflow at {storage.shown(self.tracking_uri)} cannot be used: {reason}\nCheck the address "
-            "(--tracking or MLFLOW_TRACKING_URI), that the server runs, and that you may write there."
-        )
-
-    def _unless_missing(self, request: Callable[[Any], Any]) -> Any | None:
-        """The answer, or None if MLflow answers that there is no such thing."""
-        with self._asking():
-            try:
-                return self._client.ask(request)
-            except MlflowException as error:
-                if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-                    return None
-                raise
-
-    def _pages(self, search: Callable[[Any], Callable[..., Any]], *arguments: Any, max_results: int) -> Any:
-        """Everything that a paged search of MLflow finds."""
-        token = None
-        while True:
-            page = self._client.ask(
-                lambda mlflow, token=token: search(mlflow)(  # type: ignore[misc]
-                    *arguments, max_results=max_results, page_token=token
-                )
-            )
-            yield from page
-            token = page.token
-            if not token:
-                return
+            self._mlflow.ask(move)
+        except UnreachableError:
+            # Of two that create the alias at once, the database refuses one; now it is there.
+            self._mlflow.ask(move)
 
 
 def _parse(version: Any, aliases: Mapping[str, str]) -> Version:
@@ -361,13 +284,3 @@ def _parse(version: Any, aliases: Mapping[str, str]) -> Version:
 def _suggestion(given: str, known: list[str]) -> str:
     close = get_close_matches(given, known, n=1)
     return f" Did you mean {close[0]}?" if close else ""
-
-
-def _refuse_missing_database(tracking_uri: str) -> None:
-    """MLflow would create an empty database where an address is misspelt."""
-    scheme, _, path = tracking_uri.partition(":///")
-    if scheme == "sqlite" and not Path(path.partition("?")[0]).is_file():
-        raise MissingDatabaseError(
-            f"There is no MLflow database at {path}. The first training creates it; check --tracking, "
-            "--store or MLFLOW_TRACKING_URI."
-        )
