@@ -173,7 +173,7 @@ class TrialTraining:
         if shared.mlflow_run_id:
             tags[PARENT_TAG] = shared.mlflow_run_id
         with _held(prepared.url):
-            spec = run.begin(prepared, tags)
+            spec = run.begin(prepared, tags, trial=f"{shared.name}/{self._number}")
             with run.running(spec) as end:
                 work = self._work_here if shared.workers == 1 else self._work_on_workers
                 end.update(work(prepared, spec))

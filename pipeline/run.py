@@ -23,7 +23,8 @@ from pipeline.artifacts import MANIFEST
 from pipeline.config import RunConfig
 from pipeline.data.index import load_index
 from pipeline.models.connection import UnreachableError
-from pipeline.models.export import Lineage, export, load_directory, write_weights
+from pipeline.models.export import export, load_directory, write_weights
+from pipeline.models.lineage import Lineage
 from pipeline.models.registry import Registry, load
 from pipeline.preparation import Prepared, registered_name
 from pipeline.registration import NotRegisteredError, Patience
@@ -55,16 +56,18 @@ class RunSpec:
     mlflow_run_id: str
     initial_model: str | None
     """Model whose weights the run begins with."""
+    trial: str = ""
+    """SEARCH/NUMBER, if it is one."""
 
 
 # -- on the driver ----------------------------------------------------------------------
 
 
-def begin(prepared: Prepared, tags: Mapping[str, str] | None = None) -> RunSpec:
+def begin(prepared: Prepared, tags: Mapping[str, str] | None = None, trial: str = "") -> RunSpec:
     """Start a run, or continue the one of that name; call it with the run's lease held.
 
-    `tags` are for MLflow, beside those that every run has. Raises RunError if somebody else ran the
-    run since it was prepared.
+    `tags` are for MLflow, beside those that every run has; `trial` is SEARCH/NUMBER of a trial. Raises
+    RunError if somebody else ran the run since it was prepared.
     """
     record = run_folder.read_record(prepared.url)
     if record != prepared.record:
@@ -104,6 +107,7 @@ def begin(prepared: Prepared, tags: Mapping[str, str] | None = None) -> RunSpec:
         tracking_uri=prepared.tracking_uri,
         mlflow_run_id=record.mlflow_run_id,
         initial_model=record.initial_model,
+        trial=trial,
     )
 
 
@@ -327,6 +331,11 @@ def _register(training: Training, spec: RunSpec, selected: Selected, *, diverged
             code_version=code_version(),
             parent=spec.initial_model,
             diverged=diverged,
+            data_licence=training.data.licence or "",
+            trial=spec.trial,
+            world_size=training.worker.world_size,
+            ray_job=training.worker.job,
+            journal=storage.shown(storage.join(spec.url, "journal")),
         )
         manifest = export(spec.store, name, selected.model.cpu(), training.config, lineage, scores)
         result["export"] = manifest.url

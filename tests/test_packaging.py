@@ -11,7 +11,8 @@ from hatchling.builders.wheel import WheelBuilder
 
 from nvae.model import NVAE
 from pipeline.config_file import from_mapping, load
-from pipeline.models.export import Lineage, export
+from pipeline.models.export import export
+from pipeline.models.lineage import Lineage
 
 ROOT = Path(__file__).parents[1]
 

@@ -11,10 +11,25 @@ crown a model.
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 PREFIX = "evaluation/"
 _HASH_DIGITS = 12
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One recorded evaluation, as its tag has it."""
+
+    data_hash: str
+    """Content hash of the data set whose validation split was evaluated."""
+    images: int
+    draws: int
+    """K, of which the importance-weighted figures are."""
+    seed: int
+    metrics: Mapping[str, float]
+    """By the names that they have in training, `validation/bits_per_dim` and so on; NaN if not finite."""
 
 
 def evaluation_tag(answer: Mapping[str, Any]) -> tuple[str, str]:
@@ -30,3 +45,29 @@ def evaluation_tag(answer: Mapping[str, Any]) -> tuple[str, str]:
         **{name: score if math.isfinite(score) else None for name, score in scores.items()},
     }
     return f"{name}/seed_{answer['seed']}", json.dumps(value, allow_nan=False)
+
+
+def evaluations(tags: Mapping[str, str]) -> tuple[Evaluation, ...]:
+    """The evaluations in a version's tags: of most images first, then of most draws.
+
+    Tags can be edited by anybody: one that is not as it was written counts for nothing.
+    """
+    found = [_parsed(value) for name, value in tags.items() if name.startswith(PREFIX)]
+    known = [evaluation for evaluation in found if evaluation is not None]
+    return tuple(sorted(known, key=lambda each: (-each.images, -each.draws, each.seed, each.data_hash)))
+
+
+def _parsed(text: str) -> Evaluation | None:
+    try:
+        value = json.loads(text)
+        scores = {name: value[name] for name in value if "/" in name}
+        metrics = {name: math.nan if score is None else float(score) for name, score in scores.items()}
+        return Evaluation(
+            data_hash=str(value["data_hash"]),
+            images=int(metrics["validation/images"]),
+            draws=int(value["draws"]),
+            seed=int(value["seed"]),
+            metrics=metrics,
+        )
+    except (ValueError, TypeError, KeyError, RecursionError, OverflowError):
+        return None

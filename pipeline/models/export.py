@@ -4,6 +4,7 @@ STORE/models/NAME/<images seen>-<hash of the weights>/
   model.safetensors   the averaged (EMA) weights and the batch-norm statistics that fit them
   config.json         the run's configuration
   samples.png         what the model draws, at the configured temperature
+  card.md             the model card
   manifest.json       lineage, metrics, length and SHA-256 of every file; written last
 
 RUN/initial/ has the first two files of the model that a run began with.
@@ -44,6 +45,8 @@ from pipeline.artifacts import (
 )
 from pipeline.config import RunConfig
 from pipeline.errors import InputError
+from pipeline.models.card import write_card
+from pipeline.models.lineage import Lineage
 from pipeline.models.sampling import grid, png, sample_images
 
 FORMAT = "nvae-model"
@@ -52,6 +55,9 @@ WEIGHTS = "model.safetensors"
 EMA_WEIGHTS = "ema.safetensors"
 CONFIG = "config.json"
 SAMPLES = "samples.png"
+CARD = "card.md"
+SMALL_FILES = (CONFIG, SAMPLES, CARD)
+"""What MLflow gets a copy of."""
 
 # training/checkpoint.py writes the second; its name is repeated here since spokes do not
 # import each other, and a test exports what a real CheckpointWriter wrote.
@@ -61,23 +67,6 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 
 class RegistryError(InputError):
     """A model that cannot be exported, registered, found or trusted."""
-
-
-@dataclass(frozen=True)
-class Lineage:
-    """Where weights come from."""
-
-    run_name: str
-    run_id: str
-    """MLflow run that trained them."""
-    images_seen: int
-    data_hash: str
-    """Content hash of the data set."""
-    code_version: str
-    parent: str | None = None
-    """Model whose weights the run began with."""
-    diverged: bool = False
-    """Whether the run ended as diverged; the weights are from before."""
 
 
 @dataclass(frozen=True)
@@ -121,12 +110,14 @@ def export(
     if existing is not None:
         return existing
     images = sample_images(model, config.sampling.count, config.sampling.temperature, config.train.seed)
+    data_root = storage.shown(config.data.root)
     return write_directory(
         url,
         {
             WEIGHTS: weights,
             CONFIG: _settings_text(config),
             SAMPLES: png(grid(images)),
+            CARD: write_card(name, config, lineage, metrics, data_root).encode(),
         }.items(),
         format=FORMAT,
         version=FORMAT_VERSION,
@@ -134,7 +125,7 @@ def export(
             "name": name,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             **asdict(lineage),
-            "data_root": storage.shown(config.data.root),
+            "data_root": data_root,
             # JSON knows no NaN; null is a metric that was not finite.
             "metrics": {key: value if math.isfinite(value) else None for key, value in metrics.items()},
         },
@@ -177,7 +168,7 @@ def load_directory(url: str, ref: str | None = None, manifest_sha256: str | None
                 f"{manifest.url}: its manifest is not the one that was registered (SHA-256 "
                 f"{manifest.sha256[:12]}, registered {manifest_sha256[:12]}); somebody replaced it."
             )
-        config = config_file.from_mapping(_settings(manifest), ref)
+        config = config_file.from_mapping(read_settings(manifest), ref)
         weights = EMA_WEIGHTS if EMA_WEIGHTS in manifest.files else WEIGHTS
         tensors = tensors_from_bytes(read_verified(manifest, weights), storage.join(manifest.url, weights))
         return LoadedModel(build(config.model, tensors, ref), config, manifest, ref)
@@ -185,8 +176,11 @@ def load_directory(url: str, ref: str | None = None, manifest_sha256: str | None
         raise RegistryError(f"{ref} cannot be loaded. {error}") from error
 
 
-def _settings(manifest: Manifest) -> dict[str, Any]:
-    """The configuration as it was written: in a file of an export, in a checkpoint's record."""
+def read_settings(manifest: Manifest) -> dict[str, Any]:
+    """The configuration as it was written: in a file of an export, in a checkpoint's record.
+
+    Raises RegistryError if there is none.
+    """
     if manifest.fields["format"] == FORMAT:
         try:
             settings = json.loads(read_verified(manifest, CONFIG))

@@ -26,18 +26,20 @@ from pipeline.artifacts import MANIFEST, Manifest, damaged_files, read_manifest,
 from pipeline.errors import InputError
 from pipeline.models.connection import Connection, UnreachableError
 from pipeline.models.export import (
-    CONFIG,
+    CARD,
     FORMAT,
     FORMAT_VERSION,
     NAME,
-    SAMPLES,
+    SMALL_FILES,
     WEIGHTS,
     LoadedModel,
     RegistryError,
     check_name,
     load_directory,
+    read_settings,
 )
 from pipeline.models.versions import Version, best_of, is_ours, judge, parse_version, version_tags
+from pipeline.settings import flatten
 from pipeline.training.mlflow_client import THERE
 
 BEST = "best"
@@ -188,10 +190,12 @@ class Registry:
 
     def _create_version(self, name: str, manifest: Manifest) -> Version:
         run_id = str(manifest.fields["run_id"])
+        # Exports of earlier releases have no card.
+        files = {name: read_verified(manifest, name) for name in SMALL_FILES if name in manifest.files}
         # A temporary directory is readable by this user alone.
         with tempfile.TemporaryDirectory(prefix="nvae-register-") as folder:
-            for file in (CONFIG, SAMPLES):
-                (Path(folder) / file).write_bytes(read_verified(manifest, file))
+            for name_of_file, data in files.items():
+                (Path(folder) / name_of_file).write_bytes(data)
             (Path(folder) / MANIFEST).write_bytes(storage.read_bytes(storage.join(manifest.url, MANIFEST)))
             self._mlflow.ask(lambda mlflow: mlflow.log_artifacts(run_id, folder, "model"))
             created = self._mlflow.ask(
@@ -199,7 +203,8 @@ class Registry:
                     name,
                     f"runs:/{run_id}/model",
                     run_id=run_id,
-                    tags=version_tags(manifest, WEIGHTS),
+                    tags=version_tags(manifest, WEIGHTS, dict(flatten(read_settings(manifest)))),
+                    description=str(files.get(CARD, b""), "utf-8") or None,
                     await_creation_for=0,
                 )
             )

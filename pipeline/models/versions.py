@@ -2,15 +2,19 @@
 
 A version's tags are its identity: where the weights lie, the hash of the weights and of the
 manifest that vouches for every file, the data set's content hash, the metrics under their own
-names. Nothing here asks MLflow, so the rules can be read and tested alone.
+names, the resolved configuration as one JSON object. Versions of earlier releases lack some
+tags; what a version does not say of itself is empty here. Nothing here asks MLflow, so the
+rules can be read and tested alone.
 """
 
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from pipeline.artifacts import Manifest
+from pipeline.models.evaluation_record import Evaluation, evaluations
 
 CRITERION = "validation/bits_per_dim"
 _METRIC_PREFIX = "validation/"
@@ -42,6 +46,23 @@ class Version:
     """How the run ended that trained it: "finished" or "diverged", for good and despite all rollbacks.
     The weights themselves are of a checkpoint from before."""
     metrics: Mapping[str, float]
+    """What was measured at the end of the training, on `validation/images` images."""
+    data_licence: str = ""
+    """The note on the images' licence that is kept with the data set."""
+    trial: str = ""
+    """SEARCH/NUMBER of the trial that was this training; empty if it was none."""
+    world_size: int | None = None
+    """Workers of the launch that ended the training."""
+    ray_job: str = ""
+    """Ray's job of that launch; `local` without Ray."""
+    journal: str = ""
+    """Where every point of the run's curves lies, with MLflow or without."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """The resolved configuration by dotted paths."""
+    files: Mapping[str, str] = field(default_factory=dict)
+    """SHA-256 of every file of the export, by its name."""
+    evaluations: tuple[Evaluation, ...] = ()
+    """What `nvae evaluate` recorded: most images first, then most draws."""
 
     @property
     def ref(self) -> str:
@@ -53,21 +74,32 @@ class Version:
         return self.metrics.get(CRITERION, math.nan)
 
 
-def version_tags(manifest: Manifest, weights: str) -> dict[str, str]:
-    """The tags of a version with this export's manifest; `weights` is the file of its weights."""
+def version_tags(manifest: Manifest, weights: str, settings: Mapping[str, Any]) -> dict[str, str]:
+    """The tags of a version with this export's manifest.
+
+    `weights` is the file of its weights, `settings` its configuration by dotted paths.
+    """
     fields = manifest.fields
     metrics = {name: math.nan if value is None else value for name, value in fields["metrics"].items()}
+    world_size = fields.get("world_size")
     return {
         "weights.url": manifest.url,
         "weights.sha256": manifest.files[weights].sha256,
         "manifest.sha256": manifest.sha256,
+        "files": json.dumps({name: entry.sha256 for name, entry in manifest.files.items()}),
+        "settings": json.dumps(dict(settings)),
         "run.name": fields["run_name"],
+        "run.diverged": json.dumps(fields.get("diverged", False)),
+        "run.journal": fields.get("journal", ""),
+        "run.trial": fields.get("trial", ""),
+        "run.world_size": "" if world_size is None else str(world_size),
+        "run.ray_job": fields.get("ray_job", ""),
         "images_seen": str(fields["images_seen"]),
         "data.hash": fields["data_hash"],
         "data.root": fields["data_root"],
+        "data.licence": fields.get("data_licence", ""),
         "code.version": fields["code_version"],
         "parent": fields["parent"] or "",
-        "run.diverged": json.dumps(fields.get("diverged", False)),
         **{name: repr(float(value)) for name, value in metrics.items() if name.startswith(_METRIC_PREFIX)},
     }
 
@@ -84,6 +116,7 @@ def parse_version(
     *, name: str, version: str, created: str, run_id: str, tags: Mapping[str, str], aliases: Mapping[str, str]
 ) -> Version:
     """A version from its tags, which must be ours, and from the model's aliases -> versions."""
+    world_size = tags.get("run.world_size", "")[:9]
     return Version(
         name=name,
         version=version,
@@ -101,7 +134,24 @@ def parse_version(
         parent=tags.get("parent", ""),
         run_ended="diverged" if tags.get("run.diverged") == "true" else "finished",
         metrics={key: _number(value) for key, value in tags.items() if key.startswith(_METRIC_PREFIX)},
+        data_licence=tags.get("data.licence", ""),
+        trial=tags.get("run.trial", ""),
+        world_size=int(world_size) if world_size.isdecimal() else None,
+        ray_job=tags.get("run.ray_job", ""),
+        journal=tags.get("run.journal", ""),
+        settings=_object(tags.get("settings", "")),
+        files=_object(tags.get("files", "")),
+        evaluations=evaluations(tags),
     )
+
+
+def _object(text: str) -> dict[str, Any]:
+    """A JSON object; empty if the tag holds none, for tags can be edited by anybody."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _number(text: str) -> float:

@@ -19,7 +19,8 @@ from pipeline.config_file import ConfigError
 from pipeline.data.index import load_index
 from pipeline.errors import InputError
 from pipeline.models import export, registry
-from pipeline.models.export import Lineage, RegistryError, load_directory
+from pipeline.models.export import RegistryError, load_directory
+from pipeline.models.lineage import Lineage
 from pipeline.models.versions import version_tags
 from tests.faults.hostile_weights import weight_payloads
 from tests.faults.injection import Place, Row, Tally, grown_mib
@@ -194,7 +195,7 @@ def registered_models(place: Place) -> Row:
     # The same beside our own files, which the manifest does not list.
     shutil.copytree(shipped, good.url, dirs_exist_ok=True)
     client.create_registered_model("evil")
-    tags, marker = version_tags(good, export.WEIGHTS), Path(tempfile.gettempdir()) / "marker-of-a-model"
+    tags, marker = version_tags(good, export.WEIGHTS, {}), Path(tempfile.gettempdir()) / "marker-of-a-model"
     elsewhere = ("pipe:touch marker", f"{good.url}/../../../evil", METADATA, "models:/evil/1", "/etc", "")
     variants: dict[str, tuple[dict[str, str], str | None]] = {
         "code beside a model of ours": (tags, None),

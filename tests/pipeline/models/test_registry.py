@@ -15,9 +15,11 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
-from pipeline import storage
+from pipeline import config_file, storage
 from pipeline.artifacts import Manifest, sealed, tensors_to_bytes
-from pipeline.models.export import Lineage, RegistryError, export, load_directory
+from pipeline.models.evaluation_record import evaluation_tag
+from pipeline.models.export import RegistryError, export, load_directory
+from pipeline.models.lineage import Lineage
 from pipeline.models.registry import Registration, Registry, load
 from pipeline.models.sampling import sample_images
 from pipeline.models.versions import Version, best_of, judge
@@ -46,9 +48,14 @@ class Place:
         self.run_id = self.client.create_run(experiment).info.run_id
 
     def export(
-        self, seed: int = 0, bits: float = 4.0, data_hash: str = "d1" * 32, diverged: bool = False
+        self,
+        seed: int = 0,
+        bits: float = 4.0,
+        data_hash: str = "d1" * 32,
+        diverged: bool = False,
+        **more: Any,
     ) -> Manifest:
-        lineage = Lineage("faces", self.run_id, 100, data_hash, "0.1.0+abc", diverged=diverged)
+        lineage = Lineage("faces", self.run_id, 100, data_hash, "0.1.0+abc", diverged=diverged, **more)
         metrics = {BITS: bits, "validation/images": 7.0}
         return export(self.store, "nvae-faces", tiny_model(seed), tiny_config(), lineage, metrics)
 
@@ -106,7 +113,12 @@ def test_the_same_works_with_an_mlflow_server(mlflow_server, tmp_path):
     with pytest.raises(RegistryError, match="no version 77; the newest: 3, 2, 1"):
         load("models:/nvae-faces/77", mlflow_server)
     files = place.client.list_artifacts(place.run_id, "model")
-    assert [file.path for file in files] == ["model/config.json", "model/manifest.json", "model/samples.png"]
+    assert [file.path for file in files] == [
+        "model/card.md",
+        "model/config.json",
+        "model/manifest.json",
+        "model/samples.png",
+    ]
 
 
 def test_a_version_knows_what_it_was_trained_on_and_how_good_it_is(place):
@@ -122,6 +134,53 @@ def test_a_version_knows_what_it_was_trained_on_and_how_good_it_is(place):
     assert version == Registry(place.uri).find("models:/nvae-faces@best")
 
 
+def test_a_version_knows_its_settings_its_files_and_where_it_was_trained(place):
+    origin = {
+        "data_licence": "CC BY 4.0",
+        "trial": "groups/7",
+        "world_size": 8,
+        "ray_job": "02000000",
+        "journal": "s3://b/runs/faces/journal",
+    }
+    manifest = place.export(**origin)
+    version = Registry(place.uri).register(manifest.url, "nvae-faces").version
+    assert version.settings == config_file.leaves(tiny_config())
+    assert version.files == {name: entry.sha256 for name, entry in manifest.files.items()}
+    assert {name: getattr(version, name) for name in origin} == origin
+    description = place.client.get_model_version("nvae-faces", "1").description
+    assert description == (Path(manifest.url) / "card.md").read_text()
+
+
+def test_evaluations_are_parts_of_a_version_and_damaged_ones_are_not(place):
+    version = place.register().version
+    answer = {"data_hash": "d2" * 32, "draws": 5, "seed": 0, "unused_groups": []}
+    scores = {"validation/images": 7.0, "validation/bits_per_dim": 3.5, "validation/psnr_db": math.inf}
+    Registry(place.uri).note(version, dict([evaluation_tag({**answer, "scores": scores})]))
+    for name, value in {"a": "{", "b": "[]", "c": '{"data_hash": "x"}', "d": '{"draws": "1e999"}'}.items():
+        Registry(place.uri).note(version, {f"evaluation/{name}": value})
+    (evaluation,) = Registry(place.uri).find(version.ref).evaluations
+    assert (evaluation.data_hash, evaluation.draws, evaluation.images) == ("d2" * 32, 5, 7)
+    assert evaluation.metrics["validation/bits_per_dim"] == 3.5
+    assert math.isnan(evaluation.metrics["validation/psnr_db"])
+
+
+def test_a_version_of_an_earlier_release_knows_less_and_is_still_one(place):
+    version = place.register().version
+    for tag in [
+        "settings",
+        "files",
+        "run.journal",
+        "run.trial",
+        "run.world_size",
+        "run.ray_job",
+        "data.licence",
+    ]:
+        place.client.delete_model_version_tag("nvae-faces", "1", tag)
+    old = Registry(place.uri).find(version.ref)
+    assert (old.settings, old.files, old.world_size, old.trial) == ({}, {}, None, "")
+    assert load(version.ref, place.uri).config == tiny_config()
+
+
 def test_a_model_of_a_run_that_diverged_says_so(place):
     place.register(0, 4.0)
     place.register(1, 3.0, diverged=True)
@@ -135,7 +194,7 @@ def test_a_model_of_a_run_that_diverged_says_so(place):
 def test_the_small_files_are_artifacts_of_the_run_and_the_weights_are_not(place):
     place.register()
     files = {Path(file.path).name for file in place.client.list_artifacts(place.run_id, "model")}
-    assert files == {"config.json", "samples.png", "manifest.json"}
+    assert files == {"card.md", "config.json", "manifest.json", "samples.png"}
     assert place.client.get_model_version("nvae-faces", "1").source == f"runs:/{place.run_id}/model"
 
 
