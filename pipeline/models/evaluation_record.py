@@ -52,7 +52,10 @@ def evaluations(tags: Mapping[str, str]) -> tuple[Evaluation, ...]:
 
     Tags can be edited by anybody: one that is not as it was written counts for nothing.
     """
-    found = [_parsed(value) for name, value in tags.items() if name.startswith(PREFIX)]
+    texts = [value for name, value in tags.items() if name.startswith(PREFIX)]
+    if not texts:
+        return ()
+    found = map(_parsed, texts)
     known = [evaluation for evaluation in found if evaluation is not None]
     return tuple(sorted(known, key=lambda each: (-each.images, -each.draws, each.seed, each.data_hash)))
 

@@ -21,7 +21,6 @@ describes, before memory for that model is taken. There is no pickle on this pat
 import hashlib
 import json
 import math
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -48,6 +47,7 @@ from pipeline.errors import InputError
 from pipeline.models.card import write_card
 from pipeline.models.lineage import Lineage
 from pipeline.models.sampling import grid, png, sample_images
+from pipeline.models.versions import NAME
 
 FORMAT = "nvae-model"
 FORMAT_VERSION = 1
@@ -62,7 +62,6 @@ SMALL_FILES = (CONFIG, SAMPLES, CARD)
 # training/checkpoint.py writes the second; its name is repeated here since spokes do not
 # import each other, and a test exports what a real CheckpointWriter wrote.
 _READABLE = {FORMAT: FORMAT_VERSION, "nvae-checkpoint": 1}
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 
 
 class RegistryError(InputError):

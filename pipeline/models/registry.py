@@ -16,7 +16,6 @@ import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,6 @@ from pipeline.models.export import (
     CARD,
     FORMAT,
     FORMAT_VERSION,
-    NAME,
     SMALL_FILES,
     WEIGHTS,
     LoadedModel,
@@ -38,7 +36,16 @@ from pipeline.models.export import (
     load_directory,
     read_settings,
 )
-from pipeline.models.versions import Version, best_of, is_ours, judge, parse_version, version_tags
+from pipeline.models.versions import (
+    NAME,
+    Version,
+    best_of,
+    is_ours,
+    judge,
+    parse_version,
+    version_tags,
+    when,
+)
 from pipeline.settings import flatten
 from pipeline.training.mlflow_client import THERE
 
@@ -255,13 +262,23 @@ class Registry:
         self._move(alias, self.find(ref))
 
     def note(self, version: Version, tags: Mapping[str, str]) -> None:
-        """Adds tags to a version, or gives those that it has these values."""
+        """Adds tags to a version, or gives those that it has these values.
+
+        MLflow does not remember when a tag was set. Describing the version as it is described already
+        moves its time of change, by which catalogues elsewhere notice the tags.
+        """
         for key, value in tags.items():
             self._mlflow.ask(
                 lambda mlflow, key=key, value=value: mlflow.set_model_version_tag(  # type: ignore[misc]
                     version.name, version.version, key, value
                 )
             )
+
+        def touch(mlflow: Any) -> None:
+            described = mlflow.get_model_version(version.name, version.version).description
+            mlflow.update_model_version(version.name, version.version, described or "An NVAE.")
+
+        self._mlflow.ask(touch)
 
     def _move(self, alias: str, version: Version) -> None:
         def move(mlflow: Any) -> None:
@@ -279,7 +296,7 @@ def _parse(version: Any, aliases: Mapping[str, str]) -> Version:
     return parse_version(
         name=version.name,
         version=str(version.version),
-        created=datetime.fromtimestamp(version.creation_timestamp / 1000, UTC).isoformat(timespec="seconds"),
+        created=when(version.creation_timestamp),
         run_id=version.run_id or "",
         tags=version.tags,
         aliases=aliases,

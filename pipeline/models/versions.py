@@ -2,22 +2,33 @@
 
 A version's tags are its identity: where the weights lie, the hash of the weights and of the
 manifest that vouches for every file, the data set's content hash, the metrics under their own
-names, the resolved configuration as one JSON object. Versions of earlier releases lack some
-tags; what a version does not say of itself is empty here. Nothing here asks MLflow, so the
-rules can be read and tested alone.
+names (those of single groups together), the resolved configuration as one JSON object. Versions of
+earlier releases lack some tags; what a version does not say of itself is empty here. Nothing here
+asks MLflow or loads torch, so the rules can be read and tested alone, and ten thousand versions be
+listed before either is imported.
 """
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from datetime import UTC, datetime
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
-from pipeline.artifacts import Manifest
 from pipeline.models.evaluation_record import Evaluation, evaluations
 
+if TYPE_CHECKING:
+    from pipeline.artifacts import Manifest
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
+"""A registered model's name."""
 CRITERION = "validation/bits_per_dim"
 _METRIC_PREFIX = "validation/"
+_GROUPS = "validation"
+"""The tag of the metrics of single latent groups, a JSON object: MLflow lists ten thousand versions at
+the pace of their tags, and these would be three of four."""
 
 
 @dataclass(frozen=True)
@@ -74,15 +85,15 @@ class Version:
         return self.metrics.get(CRITERION, math.nan)
 
 
-def version_tags(manifest: Manifest, weights: str, settings: Mapping[str, Any]) -> dict[str, str]:
+def version_tags(manifest: "Manifest", weights: str, settings: Mapping[str, Any]) -> dict[str, str]:
     """The tags of a version with this export's manifest.
 
     `weights` is the file of its weights, `settings` its configuration by dotted paths.
     """
     fields = manifest.fields
-    metrics = {name: math.nan if value is None else value for name, value in fields["metrics"].items()}
-    world_size = fields.get("world_size")
-    return {
+    metrics = {name: value for name, value in fields["metrics"].items() if name.startswith(_METRIC_PREFIX)}
+    of_groups = {name: value for name, value in metrics.items() if "/group_" in name}
+    tags = {
         "weights.url": manifest.url,
         "weights.sha256": manifest.files[weights].sha256,
         "manifest.sha256": manifest.sha256,
@@ -90,18 +101,25 @@ def version_tags(manifest: Manifest, weights: str, settings: Mapping[str, Any]) 
         "settings": json.dumps(dict(settings)),
         "run.name": fields["run_name"],
         "run.diverged": json.dumps(fields.get("diverged", False)),
-        "run.journal": fields.get("journal", ""),
-        "run.trial": fields.get("trial", ""),
-        "run.world_size": "" if world_size is None else str(world_size),
-        "run.ray_job": fields.get("ray_job", ""),
-        "images_seen": str(fields["images_seen"]),
+        "run.journal": fields.get("journal"),
+        "run.trial": fields.get("trial"),
+        "run.world_size": fields.get("world_size"),
+        "run.ray_job": fields.get("ray_job"),
+        "images_seen": fields["images_seen"],
         "data.hash": fields["data_hash"],
         "data.root": fields["data_root"],
-        "data.licence": fields.get("data_licence", ""),
+        "data.licence": fields.get("data_licence"),
         "code.version": fields["code_version"],
-        "parent": fields["parent"] or "",
-        **{name: repr(float(value)) for name, value in metrics.items() if name.startswith(_METRIC_PREFIX)},
+        "parent": fields["parent"],
+        _GROUPS: json.dumps(of_groups) if of_groups else None,
+        **{name: repr(_finite(value)) for name, value in metrics.items() if name not in of_groups},
     }
+    return {name: str(value) for name, value in tags.items() if value not in (None, "")}
+
+
+def _finite(value: float | None) -> float:
+    """JSON knows no NaN: the manifest has null for it."""
+    return math.nan if value is None else float(value)
 
 
 _NEEDED = ("weights.url", "weights.sha256", "manifest.sha256", "images_seen", "data.hash")
@@ -133,31 +151,67 @@ def parse_version(
         code_version=tags.get("code.version", ""),
         parent=tags.get("parent", ""),
         run_ended="diverged" if tags.get("run.diverged") == "true" else "finished",
-        metrics={key: _number(value) for key, value in tags.items() if key.startswith(_METRIC_PREFIX)},
+        metrics=_Parsed(
+            tags.get(_GROUPS, ""),
+            {name: _number(text) for name, text in tags.items() if name.startswith(_METRIC_PREFIX)},
+            prefix=_METRIC_PREFIX,
+        ),
         data_licence=tags.get("data.licence", ""),
         trial=tags.get("run.trial", ""),
         world_size=int(world_size) if world_size.isdecimal() else None,
         ray_job=tags.get("run.ray_job", ""),
         journal=tags.get("run.journal", ""),
-        settings=_object(tags.get("settings", "")),
-        files=_object(tags.get("files", "")),
+        settings=_Parsed(tags.get("settings", "")),
+        files=_Parsed(tags.get("files", "")),
         evaluations=evaluations(tags),
     )
 
 
-def _object(text: str) -> dict[str, Any]:
-    """A JSON object; empty if the tag holds none, for tags can be edited by anybody."""
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
+def when(milliseconds: int) -> str:
+    """A moment of MLflow's clock as ISO 8601 in UTC, to the second."""
+    return datetime.fromtimestamp(milliseconds / 1000, UTC).isoformat(timespec="seconds")
 
 
-def _number(text: str) -> float:
+class _Parsed(Mapping[str, Any]):
+    """The JSON object in a tag, with `plain` over it; parsed when it is first needed.
+
+    Of ten thousand versions that are listed, few are asked for their settings. Tags can be edited by
+    anybody: a text that is no object is an empty one.
+    """
+
+    def __init__(self, text: str, plain: Mapping[str, Any] | None = None, prefix: str = "") -> None:
+        """`prefix`: names that begin otherwise are left out, and values are numbers."""
+        self._text, self._plain, self._prefix = text, plain or {}, prefix
+
+    @cached_property
+    def _whole(self) -> dict[str, Any]:
+        try:
+            found = json.loads(self._text) if self._text else {}
+        except (ValueError, RecursionError):
+            found = {}
+        if not isinstance(found, dict):
+            found = {}
+        if self._prefix:
+            found = {name: _number(value) for name, value in found.items() if name.startswith(self._prefix)}
+        return {**self._plain, **found}
+
+    def __getitem__(self, name: str) -> Any:
+        return self._plain[name] if name in self._plain else self._whole[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._whole)
+
+    def __len__(self) -> int:
+        return len(self._whole)
+
+    def __repr__(self) -> str:
+        return repr(self._whole)
+
+
+def _number(value: Any) -> float:
     try:
-        return float(text)
-    except ValueError:
+        return float(value)
+    except (ValueError, TypeError, OverflowError):
         # Tags can be edited by anybody; what is no number has not been measured.
         return math.nan
 

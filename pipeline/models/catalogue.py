@@ -1,0 +1,228 @@
+"""All registered versions, fast: from a local cache that is brought up to date by what has changed.
+
+MLflow hands out ten thousand versions in six seconds at best, for it makes an object of each of
+their tags. So this machine remembers them (version_cache.py) and asks for the changes alone. What
+MLflow 3 tells of changes decides how:
+
+- A version that is created, described or moved to another stage gets a new `last_updated_timestamp`, by which
+  a search is ordered: its first page has all that changed since the newest remembered moment. Clocks
+  of several servers differ, and so do the moments of writing and of committing: what changed up to
+  ten minutes before is read again. If more changed than one page holds, all is read anew; nothing is
+  ever read in pages that are counted from the beginning, for a deletion meanwhile would hide a version.
+- Aliases belong to the model, and all models are one answer, asked for each time.
+- A tag that is set, and a version that is deleted, leave no trace in any search. Our own writers touch the
+  version after its tags (`Registry.note`). For what others do, `confirmed` asks for single versions
+  anew, and whoever shows versions shows confirmed ones. What can be missed is a version that fulfils
+  a condition only since somebody else edited a tag of it by hand: `refresh` reads all anew.
+
+Where MLflow is a SQLite file that has not changed since, nothing is asked, and mlflow is not imported.
+"""
+
+import json
+import os
+import sqlite3
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from pipeline.models.version_cache import Row, VersionCache, cache_path, remove
+from pipeline.models.versions import NAME, Version, is_ours, parse_version, when
+
+if TYPE_CHECKING:
+    from pipeline.models.connection import Connection
+
+MARGIN_MILLISECONDS = 600_000
+"""Changes this long before the newest known one are read again."""
+_FIRST_PAGE, _LARGEST_PAGE = 100, 1000
+_ASKING = 8
+"""Versions that are confirmed at a time."""
+_MANY = 500
+"""Of more versions than this, all are read anew instead."""
+
+Answer = TypeVar("Answer")
+Aliases = dict[str, dict[str, str]]
+"""Of each model: alias -> version."""
+
+
+class Catalogue:
+    """The versions of one MLflow that were registered by this project.
+
+    Every method raises UnreachableError if MLflow cannot be reached or refuses.
+    """
+
+    def __init__(self, tracking_uri: str, *, remember: bool = True) -> None:
+        """`remember` False leaves the cache folder alone."""
+        self._uri = tracking_uri
+        self._path = cache_path(tracking_uri) if remember else None
+        self._cache = VersionCache(self._path)
+
+    def versions(self, *, refresh: bool = False) -> list[Version]:
+        """All versions with their aliases. `refresh` believes nothing that is remembered."""
+        return self._despite_damage(lambda: self._versions(refresh))
+
+    def confirmed(self, versions: Sequence[Version]) -> list[Version | None]:
+        """These versions as MLflow has them now; None in the place of one that is not there any more."""
+        return self._despite_damage(lambda: self._confirmed(versions))
+
+    @cached_property
+    def _mlflow(self) -> "Connection":
+        from pipeline.models.connection import Connection
+
+        return Connection(self._uri)
+
+    def _despite_damage(self, work: Callable[[], Answer]) -> Answer:
+        """The answer, with another cache if the remembered one turns out to be of no use."""
+        try:
+            return work()
+        except sqlite3.OperationalError:
+            # Locked for long, a full disk: it is not ours to remove, and not needed.
+            self._cache = VersionCache(None)
+        except sqlite3.DatabaseError:
+            remove(self._path)
+            self._cache = VersionCache(self._path)
+        return work()
+
+    # -- all of them ----------------------------------------------------------------------
+
+    def _versions(self, refresh: bool) -> list[Version]:
+        mark = _mark(self._uri)
+        if refresh or not mark or self._cache.state("mark") != mark:
+            self._update(mark, refresh)
+        aliases: Aliases = json.loads(self._cache.state("aliases"))
+        known = (row for row in self._cache.rows() if row.model in aliases and is_ours(row.tags))
+        return [_version(row, aliases[row.model]) for row in known]
+
+    def _update(self, mark: str, refresh: bool) -> None:
+        """Brings the cache up to date.
+
+        `mark` was taken before, so that what changes meanwhile is seen the next time.
+        """
+        aliases = self._aliases()
+        newest = 0 if refresh else self._cache.newest()
+        changed = self._changed_since(newest - MARGIN_MILLISECONDS) if newest else None
+        rows = self._all(aliases) if changed is None else changed
+        state = {"mark": mark, "aliases": json.dumps(aliases)}
+        self._cache.remember(rows, state, all_there_is=changed is None)
+
+    def _aliases(self) -> Aliases:
+        found = self._mlflow.pages(
+            lambda mlflow, token: mlflow.search_registered_models(max_results=1000, page_token=token)
+        )
+        return {
+            model.name: {alias: str(version) for alias, version in model.aliases.items()}
+            for model in found
+            if NAME.fullmatch(model.name)
+        }
+
+    def _changed_since(self, moment: int) -> list[Row] | None:
+        """What changed at this moment or later; None if that is more than one page holds."""
+        for size in (_FIRST_PAGE, _LARGEST_PAGE):
+            page: Any = self._mlflow.ask(
+                lambda mlflow, size=size: mlflow.search_model_versions(  # type: ignore[misc]
+                    max_results=size, order_by=["last_updated_timestamp DESC"]
+                )
+            )
+            rows = [_row(each) for each in page]
+            changed = [row for row in rows if row.updated >= moment]
+            if len(changed) < len(rows) or not page.token:
+                return changed
+        return None
+
+    def _all(self, models: Iterable[str]) -> Iterator[Row]:
+        for model in models:
+            last = 0
+            while True:
+                filter_string = f"name = '{model}' and version_number > {last}"
+                page: Any = self._mlflow.ask(
+                    lambda mlflow, filter_string=filter_string: mlflow.search_model_versions(  # type: ignore[misc]
+                        filter_string, max_results=_LARGEST_PAGE, order_by=["version_number ASC"]
+                    )
+                )
+                rows = [_row(each) for each in page]
+                yield from rows
+                if not page.token:
+                    break
+                last = rows[-1].version
+
+    # -- single ones ----------------------------------------------------------------------
+
+    def _confirmed(self, versions: Sequence[Version]) -> list[Version | None]:
+        mark = _mark(self._uri)
+        known = self._cache.confirmed(mark) if mark else set()
+        doubtful = [version for version in versions if _key(version) not in known]
+        if not doubtful:
+            return list(versions)
+        if len(doubtful) > _MANY:
+            now = {_key(version): version for version in self._versions(refresh=True)}
+        else:
+            now = self._asked(doubtful)
+            # Confirmed if nothing was written meanwhile: the mark is from before.
+            self._cache.confirm(now, mark)
+        return [version if _key(version) in known else now.get(_key(version)) for version in versions]
+
+    def _asked(self, versions: Sequence[Version]) -> dict[tuple[str, int], Version]:
+        """Those of the versions that are still there, as they are; the others are forgotten."""
+
+        def ask(version: Version) -> Any:
+            return self._mlflow.unless_missing(
+                lambda mlflow: mlflow.get_model_version(version.name, version.version)
+            )
+
+        _ = self._mlflow
+        with ThreadPoolExecutor(_ASKING) as pool:
+            answers = list(pool.map(ask, versions))
+        there = [answer for answer in answers if answer is not None and is_ours(answer.tags)]
+        gone = [_key(version) for version, answer in zip(versions, answers, strict=True) if answer is None]
+        self._cache.forget(gone)
+        self._cache.remember((_row(answer) for answer in there), {})
+        fresh = (
+            _version(_row(answer), dict.fromkeys(answer.aliases, str(answer.version))) for answer in there
+        )
+        return {_key(version): version for version in fresh}
+
+
+def _key(version: Version) -> tuple[str, int]:
+    return version.name, int(version.version)
+
+
+def _row(found: Any) -> Row:
+    """Our view of MLflow's ModelVersion."""
+    return Row(
+        model=found.name,
+        version=int(found.version),
+        updated=found.last_updated_timestamp or found.creation_timestamp,
+        created=found.creation_timestamp,
+        run_id=found.run_id or "",
+        tags=dict(found.tags),
+    )
+
+
+def _version(row: Row, aliases: dict[str, str]) -> Version:
+    return parse_version(
+        name=row.model,
+        version=str(row.version),
+        created=when(row.created),
+        run_id=row.run_id,
+        tags=row.tags,
+        aliases=aliases,
+    )
+
+
+def _mark(tracking_uri: str) -> str:
+    """What changes whenever a SQLite file is written; empty for anything but such a file."""
+    scheme, _, path = tracking_uri.partition(":///")
+    if scheme != "sqlite":
+        return ""
+    marks = []
+    for suffix in ("", "-wal"):
+        try:
+            with Path(path.partition("?")[0] + suffix).open("rb") as file:
+                # The counter of transactions: a clock may stand still between two of them.
+                counter = file.read(28)[24:].hex()
+                found = os.fstat(file.fileno())
+        except OSError:
+            continue
+        marks.append(f"{suffix}:{found.st_ino}:{found.st_size}:{found.st_mtime_ns}:{counter}")
+    return " ".join(marks)
