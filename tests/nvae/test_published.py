@@ -16,12 +16,8 @@ from torch.testing import assert_close
 from nvae.cells import CELL_FAMILIES
 from nvae.config import NVAEConfig
 from nvae.model import NVAE
-from nvae.published import (
-    PublishedCheckpointError,
-    groups_per_scale,
-    load_published,
-    published_names,
-)
+from nvae.published import PublishedCheckpointError, load_published, published_names
+from nvae.published_arguments import groups_per_scale
 from tests.nvae.test_model import VARIANTS, images_for
 from tests.nvae.tiny import normal_noise, tiny_model
 
@@ -195,6 +191,38 @@ def corruptions() -> dict[str, tuple[Any, str]]:
         "another width": (
             good | {"args": argparse.Namespace(**arguments | {"num_channels_dec": 4})},
             "do not fit its arguments",
+        ),
+        "half precision": (
+            good | {"state_dict": weights | {"stem.bias": weights["stem.bias"].half()}},
+            r"stem.bias is float16 \(8,\), not float32",
+        ),
+        "a text among the weights": (
+            good | {"state_dict": weights | {"stem.bias": "x"}},
+            "no mapping of names to tensors",
+        ),
+        "a flat stem": (
+            good | {"state_dict": weights | {"stem.weight": torch.ones(1)}},
+            "stem.weight has 1 dimensions, not 4",
+        ),
+        **{
+            f"{name} of {value!r:.20}": (
+                good | {"args": argparse.Namespace(**arguments | {name: value})},
+                f"training argument {name} is",
+            )
+            for name, value in [
+                ("num_preprocess_blocks", 10**9),
+                ("num_latent_scales", 10**9),
+                ("num_latent_scales", 0),
+                ("num_groups_per_scale", True),
+                ("num_channels_enc", "8"),
+                ("num_nf", [1]),
+                ("use_se", 1),
+                ("dataset", None),
+            ]
+        },
+        "more cells than weights": (
+            good | {"args": argparse.Namespace(**arguments | {"num_cell_per_cond_dec": 100})},
+            "but it has",
         ),
         "another family": (
             good | {"args": argparse.Namespace(**arguments | {"arch_instance": "resnet"})},

@@ -1,0 +1,158 @@
+"""A checkpoint of the published implementation, from whomever, without opening it in this process.
+
+It is opened in a process of its own (reading.py), which has no network, no other open file and none of our
+environment, so no password either, and which hands over weights as safetensors and arguments as
+JSON. These, too, are believed only as far as they were checked: that process may have been taken.
+"""
+
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from pipeline.artifacts import ArtifactError, tensors_from_bytes
+from pipeline.errors import InputError
+
+MOST_BYTES = 32 << 30
+"""The largest published checkpoint has 4 GB."""
+_REPORT_BYTES = 4 << 20
+_START_SECONDS = 120
+_SECONDS_PER_GIB = 120
+_ROOT = Path(__file__).parents[2]
+
+
+class UntrustedError(InputError):
+    """A checkpoint that was refused; nothing of it was used."""
+
+
+@dataclass(frozen=True)
+class Received:
+    """What was in a published checkpoint."""
+
+    arguments: Mapping[str, Any]
+    """The published command line, where its values are plain."""
+    weights: Mapping[str, Tensor]
+    """By their published names; may fit the arguments or not."""
+    epoch: int | None
+    global_step: int | None
+    layers: tuple[str, ...]
+    """What the process that opened it was confined by, in the words of confinement.py."""
+
+
+def receive(path: Path) -> Received:
+    """What the checkpoint at `path` holds. Raises UntrustedError if it cannot be had."""
+    try:
+        # Not blocking: a pipe of this name would keep us waiting.
+        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise UntrustedError(f"{path}: cannot be read: {why}. Check the name.") from error
+    try:
+        found = os.fstat(file)
+        if not stat.S_ISREG(found.st_mode):
+            raise UntrustedError(f"{path}: is no file. Name the checkpoint itself.")
+        if found.st_size > MOST_BYTES:
+            raise UntrustedError(
+                f"{path}: has {found.st_size:,} bytes, more than any checkpoint of a published model."
+            )
+        # Of this user alone.
+        with tempfile.TemporaryDirectory(prefix="nvae-import-") as folder:
+            return _received(path, file, found.st_size, Path(folder))
+    finally:
+        os.close(file)
+
+
+def _received(path: Path, file: int, size: int, folder: Path) -> Received:
+    weights, report = folder / "weights", folder / "report"
+    with weights.open("xb") as weights_file, report.open("xb") as report_file:
+        command = [
+            sys.executable,
+            "-P",
+            "-m",
+            "pipeline.untrusted.reading",
+            str(report_file.fileno()),
+            str(size),
+        ]
+        process = subprocess.Popen(
+            command,
+            stdin=file,
+            stdout=weights_file,
+            stderr=subprocess.DEVNULL,
+            pass_fds=[report_file.fileno()],
+            cwd=folder,
+            env=_environment(folder),
+            start_new_session=True,
+        )
+        ended = _ended(process, _START_SECONDS + _SECONDS_PER_GIB * (size / 2**30))
+    if report.stat().st_size > _REPORT_BYTES or not report.stat().st_size:
+        raise UntrustedError(f"{path}: {_how_it_ended(ended)} Nothing of it was used.")
+    return _believed(path, report.read_bytes(), weights)
+
+
+def _environment(folder: Path) -> dict[str, str]:
+    """What Python needs to find this code, and one thread; no password."""
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    kept = {
+        name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH", "SYSTEMROOT") if name in os.environ
+    }
+    places = {"HOME": str(folder), "TMPDIR": str(folder), "PYTHONPATH": str(_ROOT)}
+    return kept | threads | places | {"PYTHONDONTWRITEBYTECODE": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def _ended(process: subprocess.Popen[bytes], seconds: float) -> int | None:
+    """The exit status; None if it had to be killed. No child of it is left in any case."""
+    try:
+        return process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _how_it_ended(ended: int | None) -> str:
+    if ended is None:
+        return "took far too long to be opened, and was given up."
+    if ended == -signal.SIGXCPU or ended == -signal.SIGKILL:
+        return "used more processor time or memory to be opened than a checkpoint of its size may."
+    if ended < 0:
+        return f"ended the process that opened it ({signal.Signals(-ended).name}): it is damaged, or made to."
+    return f"could not be opened: the process for it ended with status {ended}."
+
+
+def _believed(path: Path, report: bytes, weights: Path) -> Received:
+    """The answer, of the types that it must have."""
+    try:
+        answer = json.loads(report)
+        layers = tuple(str(each) for each in answer["layers"])
+        if "refused" in answer:
+            raise UntrustedError(f"{path}: {_printable(answer['refused'])}.")
+        arguments = answer["arguments"]
+        if not isinstance(arguments, dict):
+            raise TypeError
+        tensors = tensors_from_bytes(weights.read_bytes(), str(path))
+        return Received(arguments, tensors, _count(answer["epoch"]), _count(answer["global_step"]), layers)
+    except (ValueError, KeyError, TypeError, RecursionError, ArtifactError) as error:
+        if isinstance(error, UntrustedError):
+            raise
+        raise UntrustedError(f"{path}: the process that opened it did not say what it holds.") from error
+
+
+def _printable(text: object) -> str:
+    """Words that come from the file may hold whatever a terminal obeys."""
+    return "".join(each if each.isprintable() else "?" for each in str(text))[:1000].rstrip(".")
+
+
+def _count(value: object) -> int | None:
+    return value if type(value) is int and value >= 0 else None
