@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from cluster import lookups, pictures
+from cluster import exchange, lookups, pictures
 from cluster.options import (
     WorkersType,
     json_option,
@@ -33,6 +33,7 @@ from pipeline.errors import FailedError, InputError
 # MLflow reads these when it is imported.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
@@ -96,6 +97,8 @@ def cli(verbose: bool) -> None:
 for group in (lookups.shards, lookups.registry, lookups.runs, track, lookups.config):
     cli.add_command(group)
 for command in (pictures.sample, pictures.reconstruct, pictures.interpolate, pictures.traverse):
+    cli.add_command(command)
+for command in (exchange.import_, exchange.export):
     cli.add_command(command)
 
 

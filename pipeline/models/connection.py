@@ -35,12 +35,15 @@ class Connection:
     Every method raises UnreachableError if it cannot be reached or refuses.
     """
 
-    def __init__(self, tracking_uri: str) -> None:
-        _refuse_missing_database(tracking_uri)
+    def __init__(self, tracking_uri: str, *, create: bool = False) -> None:
+        """With `create` an SQLite database that is not there is made, as the first training does."""
+        if not create:
+            _refuse_missing_database(tracking_uri)
         self.tracking_uri = tracking_uri
-        self._client = Client(tracking_uri, Pace(PERSON_LIMIT_SECONDS))
-        with self._failures():
-            self._client.open()
+        self.client = Client(tracking_uri, Pace(PERSON_LIMIT_SECONDS))
+        """For those who ask by themselves, within `failures`."""
+        with self.failures():
+            self.client.open()
 
     @property
     def shown(self) -> str:
@@ -52,9 +55,9 @@ class Connection:
 
         None if MLflow answers with the definite refusal `but`, one of those that mlflow_client names.
         """
-        with self._failures():
+        with self.failures():
             try:
-                return self._client.ask(request)
+                return self.client.ask(request)
             except MlflowException as error:
                 if error.error_code == but:
                     return None
@@ -75,7 +78,7 @@ class Connection:
                 return
 
     @contextmanager
-    def _failures(self) -> Iterator[None]:
+    def failures(self) -> Iterator[None]:
         """Turns MLflow's failures into one message that names the address and the remedy."""
         try:
             yield

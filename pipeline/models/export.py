@@ -9,9 +9,10 @@ STORE/models/NAME/<images seen>-<hash of the weights>/
 
 RUN/initial/ has the first two files of the model that a run began with.
 
-The folder's name is made of the weights, so a checkpoint that is exported twice is one
-export, and the first one stands. Training checkpoints can be loaded too, so that a model
-can be looked at before its run is over; their averaged weights are preferred.
+The folder's name is made of the weights, so a checkpoint that is exported twice is one export, and
+the first one stands; beside it those of the same weights that were measured on other data, as an
+import may be. Training checkpoints can be loaded too, so that a model can be looked at before its
+run is over; their averaged weights are preferred.
 
 Loading trusts nothing: files are checked against the manifest, the configuration against its
 ranges, and names, shapes and types of all tensors against the model that the configuration
@@ -22,7 +23,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -33,6 +34,7 @@ from nvae.config import NVAEConfig
 from nvae.model import NVAE
 from pipeline import config_file, storage
 from pipeline.artifacts import (
+    MANIFEST,
     ArtifactError,
     Manifest,
     damaged_files,
@@ -45,6 +47,7 @@ from pipeline.artifacts import (
 from pipeline.config import RunConfig
 from pipeline.errors import InputError
 from pipeline.models.card import write_card
+from pipeline.models.folders import new_folder
 from pipeline.models.lineage import Lineage
 from pipeline.models.sampling import grid, png, sample_images
 from pipeline.models.versions import NAME
@@ -99,21 +102,40 @@ def export(
 ) -> Manifest:
     """Writes `model`, which holds the averaged weights, below STORE/models/NAME.
 
-    If these weights were exported there before, that export is returned as it is, with its
-    metrics. Raises RegistryError on an impossible name, StoreError if the store refuses.
+    If these weights were exported there before, with metrics on the same data, that export is
+    returned as it is. Raises RegistryError on an impossible name, StoreError if the store refuses.
     """
     weights = tensors_to_bytes(model.state_dict())
     digest = hashlib.sha256(weights).hexdigest()
     url = storage.join(store, "models", check_name(name), f"{lineage.images_seen:012d}-{digest[:12]}")
     existing = _existing(url, digest)
+    if existing is not None and existing.fields["data_hash"] != lineage.data_hash:
+        url = f"{url}-{lineage.data_hash[:12]}"
+        existing = _existing(url, digest)
     if existing is not None:
         return existing
+    return write_export(url, name, model, config, lineage, metrics, weights)
+
+
+def write_export(
+    url: str,
+    name: str,
+    model: NVAE,
+    config: RunConfig,
+    lineage: Lineage,
+    metrics: Mapping[str, float],
+    weights: bytes | None = None,
+) -> Manifest:
+    """Writes an export to the folder `url` itself; `weights` are those of `model` if they are known.
+
+    Raises StoreError if the store refuses.
+    """
     images = sample_images(model, config.sampling.count, config.sampling.temperature, config.train.seed)
     data_root = storage.shown(config.data.root)
     return write_directory(
         url,
         {
-            WEIGHTS: weights,
+            WEIGHTS: tensors_to_bytes(model.state_dict()) if weights is None else weights,
             CONFIG: _settings_text(config),
             SAMPLES: png(grid(images)),
             CARD: write_card(name, config, lineage, metrics, data_root).encode(),
@@ -129,6 +151,31 @@ def export(
             "metrics": {key: value if math.isfinite(value) else None for key, value in metrics.items()},
         },
     )
+
+
+def hand_out(loaded: LoadedModel, url: str) -> LoadedModel:
+    """Copies a model to the folder `url`, which must be new or empty, and loads it from there.
+
+    Of an export each file is copied byte for byte, the manifest too, so that the hash by which a
+    registry knows it is the copy's. Of a training checkpoint the averaged weights and the configuration
+    are taken. Raises InputError if the folder is taken, or the model is not what it was.
+    """
+    manifest = loaded.manifest
+    with new_folder(url) as place:
+        expected = None
+        if manifest.fields["format"] == FORMAT:
+            text = storage.read_bytes(storage.join(manifest.url, MANIFEST))
+            for name in manifest.files:
+                storage.write_bytes(storage.join(place, name), read_verified(manifest, name))
+            storage.write_bytes(storage.join(place, MANIFEST), text)
+            expected = manifest.sha256
+        else:
+            write_weights(place, loaded.model, loaded.config)
+        load_directory(place, storage.shown(url), expected)
+        copied = read_manifest_of(place, {FORMAT: FORMAT_VERSION})
+        for name in copied.files:
+            read_verified(copied, name)
+    return LoadedModel(loaded.model, loaded.config, replace(copied, url=storage.normalize(url)), loaded.ref)
 
 
 def write_weights(url: str, model: NVAE, config: RunConfig) -> Manifest:

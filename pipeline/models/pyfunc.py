@@ -12,7 +12,7 @@ pyfunc does, which is why we write them and never load them: `registry.load` is 
 """
 
 import shutil
-import tempfile
+import warnings
 from importlib import metadata
 from pathlib import Path
 
@@ -22,48 +22,39 @@ from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
 import nvae
 import pipeline
-from pipeline.errors import InputError
 from pipeline.models.export import LoadedModel, write_weights
+from pipeline.models.folders import new_folder
 
 _DISTRIBUTION = "nvae-cluster"
 
 
-class PyfuncError(InputError):
-    """A folder that an MLflow model cannot be written to."""
-
-
 def write_pyfunc(loaded: LoadedModel, folder: Path) -> None:
-    """Writes `loaded` as an MLflow model to `folder`, which must be new or empty.
+    """Writes `loaded` as an MLflow model to `folder`, which must be new or empty; raises TakenError.
 
-    It is written beside it and renamed, so that it is whole or not there. Raises PyfuncError.
+    It is whole or not there: the code and weights that it is made of lie beside it meanwhile.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise PyfuncError(f"{folder}: is there already. Name a folder that is new or empty.")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
-            _save(loaded, Path(scratch))
-            (Path(scratch) / "model").replace(folder)
-    except OSError as error:
-        raise PyfuncError(
-            f"{folder}: cannot be written ({error.strerror or error}). Name another place."
-        ) from error
+    with new_folder(str(folder)) as place:
+        _save(loaded, Path(place))
 
 
-def _save(loaded: LoadedModel, scratch: Path) -> None:
-    weights, code = scratch / "weights", scratch / "code"
+def _save(loaded: LoadedModel, place: Path) -> None:
+    scratch = place.parent
+    weights, code = scratch / ".weights", scratch / ".code"
     write_weights(str(weights), loaded.model, loaded.config)
     for package in (nvae, pipeline):
         source = Path(str(package.__file__)).parent
         shutil.copytree(source, code / source.name, ignore=shutil.ignore_patterns("__pycache__"))
-    mlflow.pyfunc.save_model(
-        scratch / "model",
-        python_model=str(Path(__file__).with_name("served.py")),
-        artifacts={"model": str(weights)},
-        code_paths=[str(code / "nvae"), str(code / "pipeline")],
-        pip_requirements=_requirements(),
-        signature=_SIGNATURE,
-    )
+    with warnings.catch_warnings():
+        # The signature is given; an example would draw images, and be stored.
+        warnings.filterwarnings("ignore", message=".*An input example")
+        mlflow.pyfunc.save_model(
+            place,
+            python_model=str(Path(__file__).with_name("served.py")),
+            artifacts={"model": str(weights)},
+            code_paths=[str(code / "nvae"), str(code / "pipeline")],
+            pip_requirements=_requirements(),
+            signature=_SIGNATURE,
+        )
 
 
 def _requirements() -> list[str]:

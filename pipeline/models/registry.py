@@ -174,8 +174,8 @@ class Registry:
     def register(self, url: str, name: str) -> Registration:
         """Registers the export in the folder `url` as a version of `name`, and judges it.
 
-        The same weights under the same name are one version, which is returned again, so
-        that a registration that was interrupted can be repeated. Raises RegistryError if a
+        The same weights under the same name, measured on the same data, are one version, which is
+        returned again, so that a registration that was interrupted can be repeated. Raises RegistryError if a
         file of the export is gone or cut short.
         """
         check_name(name)
@@ -193,7 +193,8 @@ class Registry:
     def _same_weights(self, name: str, manifest: Manifest) -> Version | None:
         condition = f" and tags.`weights.sha256` = '{manifest.files[WEIGHTS].sha256}'"
         found = self._search(name, self._aliases(name), condition)
-        return found[-1] if found else None
+        measured_alike = [each for each in found if each.data_hash == manifest.fields["data_hash"]]
+        return measured_alike[-1] if measured_alike else None
 
     def _create_version(self, name: str, manifest: Manifest) -> Version:
         run_id = str(manifest.fields["run_id"])

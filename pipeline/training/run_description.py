@@ -58,15 +58,23 @@ def describe(
 ) -> RunDescription:
     """The description of the run at `run_url`, noted in its folder, with the key that it has there."""
     known = read_description(run_url)
-    description = RunDescription(
-        key=known.key if known else uuid.uuid4().hex,
+    key = known.key if known else uuid.uuid4().hex
+    description = described(key, experiment, run_name, parameters, tags)
+    write_description(run_url, description)
+    return description
+
+
+def described(
+    key: str, experiment: str, run_name: str, parameters: Mapping[str, Any], tags: Mapping[str, str]
+) -> RunDescription:
+    """The description of a run that has no folder, as MLflow stores it."""
+    return RunDescription(
+        key=key,
         experiment=experiment,
         run_name=run_name,
         parameters={name: _as_parameter(value) for name, value in parameters.items()},
         tags={name: as_tag(value) for name, value in tags.items()},
     )
-    write_description(run_url, description)
-    return description
 
 
 def write_description(run_url: str, description: RunDescription) -> None:

@@ -5,6 +5,7 @@ environment, so no password either, and which hands over weights as safetensors 
 JSON. These, too, are believed only as far as they were checked: that process may have been taken.
 """
 
+import hashlib
 import json
 import os
 import signal
@@ -45,6 +46,8 @@ class Received:
     """By their published names; may fit the arguments or not."""
     epoch: int | None
     global_step: int | None
+    sha256: str
+    """Of the file."""
     layers: tuple[str, ...]
     """What the process that opened it was confined by, in the words of confinement.py."""
 
@@ -65,14 +68,18 @@ def receive(path: Path) -> Received:
             raise UntrustedError(
                 f"{path}: has {found.st_size:,} bytes, more than any checkpoint of a published model."
             )
+        with os.fdopen(file, "rb", closefd=False) as reader:
+            sha256 = hashlib.file_digest(reader, "sha256").hexdigest()
+        # That process reads from where this one stands.
+        os.lseek(file, 0, os.SEEK_SET)
         # Of this user alone.
         with tempfile.TemporaryDirectory(prefix="nvae-import-") as folder:
-            return _received(path, file, found.st_size, Path(folder))
+            return _received(path, file, found.st_size, sha256, Path(folder))
     finally:
         os.close(file)
 
 
-def _received(path: Path, file: int, size: int, folder: Path) -> Received:
+def _received(path: Path, file: int, size: int, sha256: str, folder: Path) -> Received:
     weights, report = folder / "weights", folder / "report"
     with weights.open("xb") as weights_file, report.open("xb") as report_file:
         command = [
@@ -96,7 +103,7 @@ def _received(path: Path, file: int, size: int, folder: Path) -> Received:
         ended = _ended(process, _START_SECONDS + _SECONDS_PER_GIB * (size / 2**30))
     if report.stat().st_size > _REPORT_BYTES or not report.stat().st_size:
         raise UntrustedError(f"{path}: {_how_it_ended(ended)} Nothing of it was used.")
-    return _believed(path, report.read_bytes(), weights)
+    return _believed(path, report.read_bytes(), weights, sha256)
 
 
 def _environment(folder: Path) -> dict[str, str]:
@@ -131,7 +138,7 @@ def _how_it_ended(ended: int | None) -> str:
     return f"could not be opened: the process for it ended with status {ended}."
 
 
-def _believed(path: Path, report: bytes, weights: Path) -> Received:
+def _believed(path: Path, report: bytes, weights: Path, sha256: str) -> Received:
     """The answer, of the types that it must have."""
     try:
         answer = json.loads(report)
@@ -142,7 +149,8 @@ def _believed(path: Path, report: bytes, weights: Path) -> Received:
         if not isinstance(arguments, dict):
             raise TypeError
         tensors = tensors_from_bytes(weights.read_bytes(), str(path))
-        return Received(arguments, tensors, _count(answer["epoch"]), _count(answer["global_step"]), layers)
+        epoch, step = _count(answer["epoch"]), _count(answer["global_step"])
+        return Received(arguments, tensors, epoch, step, sha256, layers)
     except (ValueError, KeyError, TypeError, RecursionError, ArtifactError) as error:
         if isinstance(error, UntrustedError):
             raise

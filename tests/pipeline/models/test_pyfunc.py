@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from pipeline.models.export import load_directory, write_weights
-from pipeline.models.pyfunc import PyfuncError, write_pyfunc
+from pipeline.models.folders import TakenError
+from pipeline.models.pyfunc import write_pyfunc
 from pipeline.models.sampling import sample_images
 from tests.pipeline.models.tiny import tiny_config, tiny_model
 
@@ -62,6 +63,6 @@ def test_a_folder_with_something_in_it_is_refused_and_stays(tmp_path):
     loaded = load_directory(str(tmp_path / "source"))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "file").write_text("kept")
-    with pytest.raises(PyfuncError, match="mine: is there already"):
+    with pytest.raises(TakenError, match="mine: is there already"):
         write_pyfunc(loaded, tmp_path / "mine")
     assert (tmp_path / "mine" / "file").read_text() == "kept"
