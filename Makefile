@@ -12,7 +12,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export MLFLOW_DISABLE_TELEMETRY := true
 
 .DEFAULT_GOAL := help
-.PHONY: help train test lint campaign faults faults-data faults-search bench-data bench-formats bench-overhead bench-divergence bench-search clean
+.PHONY: help train test lint campaign faults faults-data faults-search faults-import bench-data bench-formats bench-overhead bench-divergence bench-search clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-17s%s\n", $$1, $$2}' Makefile
@@ -37,8 +37,9 @@ campaign: .venv/installed .venv-s3/installed  ## everything that takes hours: th
 	$(MAKE) faults || failed="$$failed, make faults"; \
 	$(MAKE) faults-data || failed="$$failed, make faults-data"; \
 	$(MAKE) faults-search || failed="$$failed, make faults-search"; \
+	$(MAKE) faults-import || failed="$$failed, make faults-import"; \
 	if [ -n "$$failed" ]; then echo "FAILED: $${failed#, }"; exit 1; fi; \
-	echo "All passed: pytest -m campaign, make faults, make faults-data, make faults-search"
+	echo "All passed: pytest -m campaign, make faults, make faults-data, make faults-search, make faults-import"
 
 faults: .venv/installed .venv-s3/installed  ## faults of a training, real processes killed: tried, survived, images lost
 	$(BIN)/python -m tests.faults.training $(if $(ONLY),--only $(ONLY)) $(if $(SEED),--seed $(SEED))
@@ -48,6 +49,9 @@ faults-data: .venv/installed .venv-s3/installed  ## faults and hostile inputs of
 
 faults-search: .venv/installed  ## searches whose driver is killed: trials lost, doubled, changed
 	$(BIN)/python -m tests.faults.search $(if $(ONLY),--only $(ONLY)) $(if $(SEED),--seed $(SEED))
+
+faults-import: .venv/installed  ## hostile and damaged checkpoints through nvae import: tried, refused
+	$(BIN)/python -m tests.faults.importing $(if $(ONLY),--only $(ONLY)) $(if $(SEED),--seed $(SEED))
 
 bench-data: .venv/installed .venv-s3/installed  ## the loader beside stock WebDataset and the machine's bounds
 	$(BIN)/python -m tests.benchmarks.data

@@ -79,6 +79,11 @@ def take_in(
     """
     with _on_disk(source) as path:
         received = receive(path)
+    if not {"network", "calls"} & set(received.layers):
+        progress.say(
+            "This system has neither network namespaces nor a filter of system calls: the checkpoint was "
+            "opened within limits, by a reader that makes tensors and plain values only."
+        )
     return accept(received, source, preset, overrides, data, draws, batch_size)
 
 

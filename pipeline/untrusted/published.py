@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import signal
+import site
 import stat
 import subprocess
 import sys
@@ -68,18 +69,16 @@ def receive(path: Path) -> Received:
             raise UntrustedError(
                 f"{path}: has {found.st_size:,} bytes, more than any checkpoint of a published model."
             )
-        with os.fdopen(file, "rb", closefd=False) as reader:
-            sha256 = hashlib.file_digest(reader, "sha256").hexdigest()
-        # That process reads from where this one stands.
-        os.lseek(file, 0, os.SEEK_SET)
         # Of this user alone.
         with tempfile.TemporaryDirectory(prefix="nvae-import-") as folder:
-            return _received(path, file, found.st_size, sha256, Path(folder))
+            return _received(path, file, found.st_size, Path(folder))
+    except OSError as error:
+        raise UntrustedError(f"{path}: cannot be read: {error.strerror or error}.") from error
     finally:
         os.close(file)
 
 
-def _received(path: Path, file: int, size: int, sha256: str, folder: Path) -> Received:
+def _received(path: Path, file: int, size: int, folder: Path) -> Received:
     weights, report = folder / "weights", folder / "report"
     with weights.open("xb") as weights_file, report.open("xb") as report_file:
         command = [
@@ -103,7 +102,7 @@ def _received(path: Path, file: int, size: int, sha256: str, folder: Path) -> Re
         ended = _ended(process, _START_SECONDS + _SECONDS_PER_GIB * (size / 2**30))
     if report.stat().st_size > _REPORT_BYTES or not report.stat().st_size:
         raise UntrustedError(f"{path}: {_how_it_ended(ended)} Nothing of it was used.")
-    return _believed(path, report.read_bytes(), weights, sha256)
+    return _believed(path, file, report.read_bytes(), weights)
 
 
 def _environment(folder: Path) -> dict[str, str]:
@@ -113,6 +112,8 @@ def _environment(folder: Path) -> dict[str, str]:
         name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH", "SYSTEMROOT") if name in os.environ
     }
     places = {"HOME": str(folder), "TMPDIR": str(folder), "PYTHONPATH": str(_ROOT)}
+    # Where packages may be that were installed for this user alone.
+    places["PYTHONUSERBASE"] = site.getuserbase()
     return kept | threads | places | {"PYTHONDONTWRITEBYTECODE": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
@@ -138,7 +139,7 @@ def _how_it_ended(ended: int | None) -> str:
     return f"could not be opened: the process for it ended with status {ended}."
 
 
-def _believed(path: Path, report: bytes, weights: Path, sha256: str) -> Received:
+def _believed(path: Path, file: int, report: bytes, weights: Path) -> Received:
     """The answer, of the types that it must have."""
     try:
         answer = json.loads(report)
@@ -150,11 +151,18 @@ def _believed(path: Path, report: bytes, weights: Path, sha256: str) -> Received
             raise TypeError
         tensors = tensors_from_bytes(weights.read_bytes(), str(path))
         epoch, step = _count(answer["epoch"]), _count(answer["global_step"])
-        return Received(arguments, tensors, epoch, step, sha256, layers)
+        return Received(arguments, tensors, epoch, step, _sha256(file), layers)
     except (ValueError, KeyError, TypeError, RecursionError, ArtifactError) as error:
         if isinstance(error, UntrustedError):
             raise
         raise UntrustedError(f"{path}: the process that opened it did not say what it holds.") from error
+
+
+def _sha256(file: int) -> str:
+    # That process has read from the same place on.
+    os.lseek(file, 0, os.SEEK_SET)
+    with os.fdopen(file, "rb", closefd=False) as reader:
+        return hashlib.file_digest(reader, "sha256").hexdigest()
 
 
 def _printable(text: object) -> str:

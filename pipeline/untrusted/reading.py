@@ -91,6 +91,12 @@ def _check_archive(file: BinaryIO, size: int) -> None:
         file.seek(0)
         return
     file.seek(0)
+    begins = file.read(4)
+    file.seek(-22, os.SEEK_END)
+    if begins != b"PK\x03\x04" or file.read(4) != b"PK\x05\x06":
+        raise PublishedCheckpointError(
+            "is a zip with something before or behind it, which torch never writes"
+        )
     with zipfile.ZipFile(file) as archive:
         entries = archive.infolist()
         if len(entries) > MOST_ENTRIES:
