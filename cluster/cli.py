@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from cluster import exchange, lookups, pictures
+from cluster import exchange, lookups, pictures, registered
 from cluster.options import (
     WorkersType,
     json_option,
@@ -94,7 +94,7 @@ def cli(verbose: bool) -> None:
     )
 
 
-for group in (lookups.shards, lookups.registry, lookups.runs, track, lookups.config):
+for group in (lookups.shards, registered.registry, lookups.runs, track, lookups.config):
     cli.add_command(group)
 for command in (pictures.sample, pictures.reconstruct, pictures.interpolate, pictures.traverse):
     cli.add_command(command)

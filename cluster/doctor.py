@@ -149,7 +149,7 @@ def _store(store: str) -> str:
 
 def _mlflow(store: str, tracking: str | None) -> str:
     from cluster.models import tracking_uri
-    from pipeline.models.connection import MissingDatabaseError
+    from pipeline.models.names import MissingDatabaseError
     from pipeline.models.registry import Registry
 
     uri = tracking_uri(store, tracking)

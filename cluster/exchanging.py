@@ -9,8 +9,9 @@ import click
 from cluster.models import tracking_uri
 from pipeline import importing, storage
 from pipeline import store as stores
-from pipeline.models.export import check_name, hand_out
+from pipeline.models.export import hand_out
 from pipeline.models.folders import check_free
+from pipeline.models.names import check_name
 from pipeline.models.registry import load
 
 

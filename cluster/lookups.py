@@ -1,4 +1,4 @@
-"""The commands about what is already there: `nvae shards`, `registry`, `runs` and `config`."""
+"""The commands about what is already there: `nvae shards`, `runs` and `config`."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +12,6 @@ from cluster.options import (
     show_facts,
     show_json,
     store_option,
-    tracking_option,
 )
 
 # -- data sets --------------------------------------------------------------------------
@@ -183,47 +182,6 @@ def show_shards(root: str, as_json: bool, store: str | None) -> None:
     from cluster import data
 
     show_facts(data.summary(root, store), as_json)
-
-
-# -- registry ---------------------------------------------------------------------------
-
-
-@click.group()
-def registry() -> None:
-    """Look trained models up."""
-
-
-@registry.command("list")
-@click.argument("name", required=False)
-@json_option
-@store_option
-@tracking_option
-def list_versions(name: str | None, as_json: bool, store: str | None, tracking: str | None) -> None:
-    """All registered versions, or those of NAME, with their aliases and scores."""
-    from cluster import models
-
-    columns = {
-        "model": "MODEL",
-        "aliases": "ALIASES",
-        "bits_per_dim": "BITS/DIM",
-        "images_seen": "IMAGES SEEN",
-        "run_ended": "ITS RUN",
-        "data": "DATA",
-        "created": "CREATED",
-    }
-    show(models.versions(name, store, tracking), columns, as_json)
-
-
-@registry.command("show")
-@click.argument("model")
-@json_option
-@store_option
-@tracking_option
-def show_version(model: str, as_json: bool, store: str | None, tracking: str | None) -> None:
-    """Everything that is recorded of one version."""
-    from cluster import models
-
-    show_facts(models.describe(model, store, tracking), as_json)
 
 
 # -- runs -------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from pipeline import store as stores
 from pipeline.data.index import VALIDATION, load_index
 from pipeline.data.loader import check_fits
 from pipeline.data.verification import check_complete
-from pipeline.models.export import RegistryError
+from pipeline.models.names import RegistryError
 from pipeline.models.registry import Registry
 from pipeline.preparation import settle, widths_of
 from pipeline.progress import counted, say

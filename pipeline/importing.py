@@ -33,9 +33,10 @@ from pipeline.data.portraits import portrait
 from pipeline.data.verification import check_complete
 from pipeline.models.adoption import adopt
 from pipeline.models.evaluation import evaluate
-from pipeline.models.export import check_name, export, load_directory, write_export
+from pipeline.models.export import export, load_directory, write_export
 from pipeline.models.folders import new_folder
 from pipeline.models.lineage import Lineage
+from pipeline.models.names import check_name
 from pipeline.models.registry import Registration, Registry
 from pipeline.published_settings import global_batch_size, run_config
 from pipeline.run import EXPERIMENT, code_version

@@ -11,8 +11,7 @@ from typing import TypeVar
 
 from pipeline import storage
 from pipeline.errors import FailedError
-from pipeline.models.connection import UnreachableError
-from pipeline.models.export import RegistryError
+from pipeline.models.names import RegistryError, UnreachableError
 from pipeline.progress import duration
 from pipeline.training.pace import pause_seconds
 from pipeline.training.validation import StoppedError

@@ -22,9 +22,9 @@ from pipeline import config_file, run_folder, storage
 from pipeline.artifacts import MANIFEST
 from pipeline.config import RunConfig
 from pipeline.data.index import load_index
-from pipeline.models.connection import UnreachableError
 from pipeline.models.export import export, load_directory, write_weights
 from pipeline.models.lineage import Lineage
+from pipeline.models.names import UnreachableError
 from pipeline.models.registry import Registry, load
 from pipeline.preparation import Prepared, registered_name
 from pipeline.registration import NotRegisteredError, Patience

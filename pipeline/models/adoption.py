@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from pipeline import storage
 from pipeline.models.connection import Connection
-from pipeline.models.export import RegistryError
+from pipeline.models.names import RegistryError
 from pipeline.training.delivery import Delivery, UnusableAnswerError
 from pipeline.training.journal import Entry
 from pipeline.training.run_description import RunDescription

@@ -27,8 +27,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from pipeline.models.names import NAME
 from pipeline.models.version_cache import Row, VersionCache, cache_path, remove
-from pipeline.models.versions import NAME, Version, is_ours, parse_version, when
+from pipeline.models.versions import Version, is_ours, parse_version, when
 
 if TYPE_CHECKING:
     from pipeline.models.connection import Connection
@@ -104,7 +105,7 @@ class Catalogue:
         changed = self._changed_since(newest - MARGIN_MILLISECONDS) if newest else None
         rows = self._all(aliases) if changed is None else changed
         state = {"mark": mark, "aliases": json.dumps(aliases)}
-        self._cache.remember(rows, state, all_there_is=changed is None)
+        self._cache.remember(rows, state, all_there_is=changed is None, confirmed=mark)
 
     def _aliases(self) -> Aliases:
         found = self._mlflow.pages(
@@ -157,12 +158,10 @@ class Catalogue:
         if len(doubtful) > _MANY:
             now = {_key(version): version for version in self._versions(refresh=True)}
         else:
-            now = self._asked(doubtful)
-            # Confirmed if nothing was written meanwhile: the mark is from before.
-            self._cache.confirm(now, mark)
+            now = self._asked(doubtful, mark)
         return [version if _key(version) in known else now.get(_key(version)) for version in versions]
 
-    def _asked(self, versions: Sequence[Version]) -> dict[tuple[str, int], Version]:
+    def _asked(self, versions: Sequence[Version], mark: str) -> dict[tuple[str, int], Version]:
         """Those of the versions that are still there, as they are; the others are forgotten."""
 
         def ask(version: Version) -> Any:
@@ -176,7 +175,7 @@ class Catalogue:
         there = [answer for answer in answers if answer is not None and is_ours(answer.tags)]
         gone = [_key(version) for version, answer in zip(versions, answers, strict=True) if answer is None]
         self._cache.forget(gone)
-        self._cache.remember((_row(answer) for answer in there), {})
+        self._cache.remember((_row(answer) for answer in there), {}, confirmed=mark)
         fresh = (
             _version(_row(answer), dict.fromkeys(answer.aliases, str(answer.version))) for answer in there
         )

@@ -145,8 +145,11 @@ def rows(comparison: Comparison) -> Iterator[dict[str, Any]]:
             }
 
 
-def write_page(comparison: Comparison, samples: Mapping[str, bytes]) -> bytes:
-    """The comparison as one page of HTML; `samples` has a PNG by the reference of each version."""
+def write_page(comparison: Comparison, samples: Mapping[str, bytes | str]) -> bytes:
+    """The comparison as one page of HTML.
+
+    `samples` has a PNG by the reference of each version, or why there is none.
+    """
     first, second = comparison.first, comparison.second
     heading = ("", first.ref, second.ref)
 
@@ -160,9 +163,8 @@ def write_page(comparison: Comparison, samples: Mapping[str, bytes]) -> bytes:
         )
 
     pictures = [
-        picture(samples[version.ref], f"Samples of {version.ref}", version.ref)
-        for version in (first, second)
-        if version.ref in samples
+        note(drawn) if isinstance(drawn, str) else picture(drawn, f"Samples of {ref}", ref)
+        for ref, drawn in samples.items()
     ]
     parts = [
         *(paragraph(warning) for warning in comparison.warnings),
@@ -173,13 +175,17 @@ def write_page(comparison: Comparison, samples: Mapping[str, bytes]) -> bytes:
         ),
         section("Metrics", beside(comparison.metrics, numbers=True)),
         section("KL per group", *_kl_figures(comparison)),
-        section("Samples", *(pictures or [note("Neither has a picture of samples.")])),
+        section("Samples", *pictures),
         section(
             "Files", *(facts({"weights of": v.ref, "lie in": v.url, **v.files}) for v in (first, second))
         ),
         section("Again", command(f"nvae registry compare {first.ref} {second.ref}")),
     ]
     return page(f"{first.ref} and {second.ref}", *parts)
+
+
+def _files(version: Version) -> Any:
+    return facts({"model": version.ref, "folder": version.url, **version.files})
 
 
 def _kl_figures(comparison: Comparison) -> Iterator[Any]:

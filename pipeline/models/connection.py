@@ -14,19 +14,11 @@ from mlflow.exceptions import MlflowException
 
 from pipeline import storage
 from pipeline.errors import InputError
-from pipeline.models.export import RegistryError
+from pipeline.models.names import MissingDatabaseError, UnreachableError
 from pipeline.training.mlflow_client import MISSING, Client
 from pipeline.training.pace import PERSON_LIMIT_SECONDS, Pace
 
 Answer = TypeVar("Answer")
-
-
-class UnreachableError(RegistryError):
-    """MLflow cannot be reached, or refuses; it may be otherwise later."""
-
-
-class MissingDatabaseError(UnreachableError):
-    """No training has made an MLflow database there yet."""
 
 
 class Connection:

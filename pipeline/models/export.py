@@ -49,8 +49,8 @@ from pipeline.errors import InputError
 from pipeline.models.card import write_card
 from pipeline.models.folders import new_folder
 from pipeline.models.lineage import Lineage
+from pipeline.models.names import RegistryError, check_name
 from pipeline.models.sampling import grid, png, sample_images
-from pipeline.models.versions import NAME
 
 FORMAT = "nvae-model"
 FORMAT_VERSION = 1
@@ -67,10 +67,6 @@ SMALL_FILES = (CONFIG, SAMPLES, CARD)
 _READABLE = {FORMAT: FORMAT_VERSION, "nvae-checkpoint": 1}
 
 
-class RegistryError(InputError):
-    """A model that cannot be exported, registered, found or trusted."""
-
-
 @dataclass(frozen=True)
 class LoadedModel:
     """A model that was loaded and verified, in eval mode, on the CPU."""
@@ -80,16 +76,6 @@ class LoadedModel:
     manifest: Manifest
     ref: str
     """What it was asked for by."""
-
-
-def check_name(name: str) -> str:
-    """`name`, if it can name a registered model and a folder; raises RegistryError."""
-    if not NAME.fullmatch(name):
-        raise RegistryError(
-            f"{name!r} cannot be the name of a model; use up to 100 letters, digits, '.', '_' and '-', "
-            "beginning with a letter or digit."
-        )
-    return name
 
 
 def export(
@@ -209,17 +195,38 @@ def load_directory(url: str, ref: str | None = None, manifest_sha256: str | None
     ref = ref or storage.shown(url)
     try:
         manifest = read_manifest_of(url, _READABLE)
-        if manifest_sha256 not in (None, manifest.sha256):
-            raise RegistryError(
-                f"{manifest.url}: its manifest is not the one that was registered (SHA-256 "
-                f"{manifest.sha256[:12]}, registered {manifest_sha256[:12]}); somebody replaced it."
-            )
+        if manifest_sha256 is not None:
+            _registered(manifest, manifest_sha256)
         config = config_file.from_mapping(read_settings(manifest), ref)
         weights = EMA_WEIGHTS if EMA_WEIGHTS in manifest.files else WEIGHTS
         tensors = tensors_from_bytes(read_verified(manifest, weights), storage.join(manifest.url, weights))
         return LoadedModel(build(config.model, tensors, ref), config, manifest, ref)
     except InputError as error:
         raise RegistryError(f"{ref} cannot be loaded. {error}") from error
+
+
+def registered_file(url: str, manifest_sha256: str, name: str) -> bytes:
+    """One of the small files of the export `url`, whose manifest must have this hash.
+
+    Raises RegistryError.
+    """
+    try:
+        manifest = _registered(read_manifest_of(url, {FORMAT: FORMAT_VERSION}), manifest_sha256)
+        if name not in manifest.files:
+            raise RegistryError(f"There is no {name}: an earlier release exported this model.")
+        return read_verified(manifest, name)
+    except InputError as error:
+        raise RegistryError(f"{storage.shown(url)}: {name} cannot be shown. {error}") from error
+
+
+def _registered(manifest: Manifest, sha256: str) -> Manifest:
+    """The manifest, if it is the one that was registered."""
+    if manifest.sha256 != sha256:
+        raise RegistryError(
+            f"{manifest.url}: its manifest is not the one that was registered (SHA-256 "
+            f"{manifest.sha256[:12]}, registered {sha256[:12]}); somebody replaced it."
+        )
+    return manifest
 
 
 def read_settings(manifest: Manifest) -> dict[str, Any]:

@@ -12,18 +12,16 @@ so neither a changed store nor an artifact of the tracking server can slip in ot
 The alias `best` is moved by a gate and not by whoever came last (`versions.judge`).
 """
 
-import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from pipeline import storage
 from pipeline.artifacts import MANIFEST, Manifest, damaged_files, read_manifest, read_verified
 from pipeline.errors import InputError
-from pipeline.models.connection import Connection, UnreachableError
+from pipeline.models.connection import Connection
 from pipeline.models.export import (
     CARD,
     FORMAT,
@@ -31,13 +29,20 @@ from pipeline.models.export import (
     SMALL_FILES,
     WEIGHTS,
     LoadedModel,
-    RegistryError,
-    check_name,
     load_directory,
     read_settings,
 )
-from pipeline.models.versions import (
+from pipeline.models.names import (
     NAME,
+    RegistryError,
+    UnreachableError,
+    check_name,
+    no_alias,
+    no_model,
+    no_version,
+    parse_reference,
+)
+from pipeline.models.versions import (
     Version,
     best_of,
     is_ours,
@@ -52,7 +57,6 @@ from pipeline.training.mlflow_client import THERE
 BEST = "best"
 
 _PASSED = "best.passed"
-_REFERENCE = re.compile(r"models:/(?P<name>[^/@:]+)(?:@(?P<alias>[A-Za-z0-9_.-]+)|/(?P<version>[0-9]{1,9}))")
 
 
 @dataclass(frozen=True)
@@ -116,19 +120,13 @@ class Registry:
 
         Raises RegistryError if there is none, with what there is instead.
         """
-        match = _REFERENCE.fullmatch(ref)
-        if match is None:
-            raise RegistryError(f"{ref!r} names no model; write models:/NAME@ALIAS or models:/NAME/VERSION.")
-        name, alias = match["name"], match["alias"]
-        aliases = self._aliases(name)
-        if alias is None:
-            return self._get(name, match["version"], aliases)
-        if alias not in aliases:
-            known = ", ".join(sorted(aliases)) or "none"
-            raise RegistryError(
-                f"{name} has no alias {alias!r}; its aliases: {known}.{_suggestion(alias, list(aliases))}"
-            )
-        return self._get(name, aliases[alias], aliases)
+        asked = parse_reference(ref)
+        aliases = self._aliases(asked.name)
+        if asked.alias is None:
+            return self._get(asked.name, str(asked.version), aliases)
+        if asked.alias not in aliases:
+            raise no_alias(asked.name, asked.alias, aliases)
+        return self._get(asked.name, aliases[asked.alias], aliases)
 
     def _aliases(self, name: str) -> dict[str, str]:
         """Alias -> version of one model. Only the model has them: a search finds versions without.
@@ -139,18 +137,13 @@ class Registry:
         check_name(name)
         model = self._mlflow.unless_missing(lambda mlflow: mlflow.get_registered_model(name))
         if model is None:
-            names = self.names()
-            raise RegistryError(
-                f"There is no registered model {name!r} in {self._mlflow.shown}. Models there: "
-                f"{', '.join(names[:20]) or 'none'}.{_suggestion(name, names)}"
-            )
+            raise no_model(name, self._mlflow.shown, self.names())
         return {alias: str(version) for alias, version in model.aliases.items()}
 
     def _get(self, name: str, number: str, aliases: Mapping[str, str]) -> Version:
         found = self._mlflow.unless_missing(lambda mlflow: mlflow.get_model_version(name, number))
         if found is None:
-            newest = ", ".join(version.version for version in self.versions(name)[:10]) or "none"
-            raise RegistryError(f"{name} has no version {number}; the newest: {newest}.")
+            raise no_version(name, number, [version.version for version in self.versions(name)[:10]])
         if not is_ours(found.tags):
             raise RegistryError(
                 f"models:/{name}/{number} was not registered by nvae: its tags do not say where weights lie. "
@@ -302,8 +295,3 @@ def _parse(version: Any, aliases: Mapping[str, str]) -> Version:
         tags=version.tags,
         aliases=aliases,
     )
-
-
-def _suggestion(given: str, known: list[str]) -> str:
-    close = get_close_matches(given, known, n=1)
-    return f" Did you mean {close[0]}?" if close else ""

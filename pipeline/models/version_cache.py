@@ -71,16 +71,38 @@ class VersionCache:
         found = self._connection.execute("SELECT value FROM state WHERE key = ?", (key,)).fetchone()
         return found[0] if found else ""
 
-    def remember(self, rows: Iterable[Row], state: Mapping[str, str], *, all_there_is: bool = False) -> None:
-        """Adds or replaces versions and texts; `all_there_is` forgets every other version."""
+    def remember(
+        self,
+        rows: Iterable[Row],
+        state: Mapping[str, str],
+        *,
+        all_there_is: bool = False,
+        confirmed: str = "",
+    ) -> None:
+        """Adds or replaces versions and texts; `all_there_is` forgets every other version.
+
+        `confirmed` is MLflow's mark from before they were read.
+        """
         with self._connection as connection:
             if all_there_is:
                 connection.execute("DELETE FROM versions")
             connection.executemany(
-                "INSERT INTO versions VALUES (?, ?, ?, ?, ?, ?, '') ON CONFLICT DO UPDATE SET "
+                "INSERT INTO versions VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET "
                 "updated = excluded.updated, created = excluded.created, run_id = excluded.run_id, "
-                "tags = excluded.tags, confirmed = '' WHERE excluded.updated >= versions.updated",
-                ((r.model, r.version, r.updated, r.created, r.run_id, _joined(r.tags)) for r in rows),
+                "tags = excluded.tags, confirmed = excluded.confirmed "
+                "WHERE excluded.updated >= versions.updated",
+                (
+                    (
+                        row.model,
+                        row.version,
+                        row.updated,
+                        row.created,
+                        row.run_id,
+                        _joined(row.tags),
+                        confirmed,
+                    )
+                    for row in rows
+                ),
             )
             connection.executemany("INSERT OR REPLACE INTO state VALUES (?, ?)", state.items())
 
@@ -93,13 +115,6 @@ class VersionCache:
         """The versions that were found to be as remembered when MLflow had this mark."""
         found = self._connection.execute("SELECT model, version FROM versions WHERE confirmed = ?", (mark,))
         return set(found)
-
-    def confirm(self, keys: Iterable[tuple[str, int]], mark: str) -> None:
-        with self._connection as connection:
-            marked = ((mark, *key) for key in keys)
-            connection.executemany(
-                "UPDATE versions SET confirmed = ? WHERE model = ? AND version = ?", marked
-            )
 
 
 def _joined(tags: Mapping[str, str]) -> str:

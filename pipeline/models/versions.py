@@ -10,7 +10,6 @@ listed before either is imported.
 
 import json
 import math
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -22,8 +21,6 @@ from pipeline.models.evaluation_record import Evaluation, evaluations
 if TYPE_CHECKING:
     from pipeline.artifacts import Manifest
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
-"""A registered model's name."""
 CRITERION = "validation/bits_per_dim"
 _METRIC_PREFIX = "validation/"
 _GROUPS = "validation"

@@ -19,8 +19,9 @@ from pipeline.config_file import ConfigError
 from pipeline.data.index import load_index
 from pipeline.errors import InputError
 from pipeline.models import export, registry
-from pipeline.models.export import RegistryError, load_directory
+from pipeline.models.export import load_directory
 from pipeline.models.lineage import Lineage
+from pipeline.models.names import RegistryError
 from pipeline.models.versions import version_tags
 from tests.faults.hostile_weights import weight_payloads
 from tests.faults.injection import Place, Row, Tally, grown_mib

@@ -16,8 +16,8 @@ from pipeline import config_file, registration, run, run_folder
 from pipeline.data import shards
 from pipeline.data.index import ShardError, load_index
 from pipeline.errors import InputError
-from pipeline.models.connection import UnreachableError
-from pipeline.models.export import RegistryError, load_directory
+from pipeline.models.export import load_directory
+from pipeline.models.names import RegistryError, UnreachableError
 from pipeline.models.registry import Registry, load
 from pipeline.registration import PATIENCE_SECONDS, NotRegisteredError, Patience
 from pipeline.run_folder import RunError

@@ -18,8 +18,9 @@ from mlflow import MlflowClient
 from pipeline import config_file, storage
 from pipeline.artifacts import Manifest, sealed, tensors_to_bytes
 from pipeline.models.evaluation_record import evaluation_tag
-from pipeline.models.export import RegistryError, export, load_directory
+from pipeline.models.export import export, load_directory
 from pipeline.models.lineage import Lineage
+from pipeline.models.names import RegistryError
 from pipeline.models.registry import Registration, Registry, load
 from pipeline.models.sampling import sample_images
 from pipeline.models.versions import Version, best_of, judge
