@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.models.figures import Panel, columns
-from pipeline.models.report import command, facts, note, page, paragraph, picture, section, table
+from pipeline.models.report import beside, command, facts, note, page, paragraph, picture, section, table
 from pipeline.models.versions import Version
 
 _KL = "validation/kl_nats/group_"
@@ -153,7 +153,7 @@ def write_page(comparison: Comparison, samples: Mapping[str, bytes | str]) -> by
     first, second = comparison.first, comparison.second
     heading = ("", first.ref, second.ref)
 
-    def beside(differences: tuple[Difference, ...], *, numbers: bool = False) -> Any:
+    def both(differences: tuple[Difference, ...], *, numbers: bool = False) -> Any:
         lines = [
             (each.name, written(each.first), written(each.second), *([change(each)] if numbers else []))
             for each in differences
@@ -168,17 +168,15 @@ def write_page(comparison: Comparison, samples: Mapping[str, bytes | str]) -> by
     ]
     parts = [
         *(paragraph(warning) for warning in comparison.warnings),
-        section("What they are", beside(comparison.identity)),
+        section("What they are", both(comparison.identity)),
         section(
             "Settings that differ",
-            beside(comparison.settings) if comparison.settings else note("None: all settings are equal."),
+            both(comparison.settings) if comparison.settings else note("None: all settings are equal."),
         ),
-        section("Metrics", beside(comparison.metrics, numbers=True)),
+        section("Metrics", both(comparison.metrics, numbers=True)),
         section("KL per group", *_kl_figures(comparison)),
-        section("Samples", *pictures),
-        section(
-            "Files", *(facts({"weights of": v.ref, "lie in": v.url, **v.files}) for v in (first, second))
-        ),
+        section("Samples", beside(*pictures)),
+        section("Files", *(_files(version) for version in (first, second))),
         section("Again", command(f"nvae registry compare {first.ref} {second.ref}")),
     ]
     return page(f"{first.ref} and {second.ref}", *parts)

@@ -105,6 +105,11 @@ def picture(png: bytes, alt: str, caption: object) -> Markup:
     return element("figure", image, element("figcaption", caption))
 
 
+def beside(*content: object) -> Markup:
+    """Figures next to each other where the screen is wide enough."""
+    return element("div", *content, class_="beside")
+
+
 def page(title: str, *content: object) -> bytes:
     """The file. What UTF-8 cannot hold, as half of a pair of surrogates, shows as a mark of its own."""
     head = (
@@ -146,6 +151,7 @@ td.words{min-width:13rem;overflow-wrap:anywhere;white-space:pre-line}
 pre{background:var(--panel);padding:.6rem .8rem;border-radius:4px;
   font-size:.875rem;white-space:pre-wrap;overflow-wrap:anywhere}
 figure{margin:1rem 0}
+.beside{display:flex;flex-wrap:wrap;gap:0 2rem}
 figure svg,figure img{display:block;max-width:100%;height:auto}
 figure img{border-radius:4px}
 .pixels{image-rendering:pixelated}
