@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from cluster import exchange, lookups, pictures, registered
+from cluster import aliases, exchange, lookups, pictures, registered
 from cluster.options import (
     WorkersType,
     json_option,
@@ -100,6 +100,8 @@ for command in (pictures.sample, pictures.reconstruct, pictures.interpolate, pic
     cli.add_command(command)
 for command in (exchange.import_, exchange.export):
     cli.add_command(command)
+for command in (aliases.promote, aliases.rollback, aliases.history):
+    registered.registry.add_command(command)
 
 
 @cli.command()
