@@ -78,7 +78,7 @@ def verified(version: Version, tracking_uri: str) -> LoadedModel:
             raise cause from None
         raise UnfitError(str(error)) from error
     except ValueError as error:
-        raise UnfitError(str(error)) from error
+        raise UnfitError(f"{version.ref}: {error}") from error
     broken = [name for name, tensor in loaded.model.state_dict().items() if not torch.isfinite(tensor).all()]
     if broken:
         raise UnfitError(f"{version.ref}: {len(broken)} tensors are not finite, {broken[0]} the first.")
