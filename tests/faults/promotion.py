@@ -25,7 +25,7 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from pipeline.models.connection import UnreachableError
+from pipeline.models.names import UnreachableError
 from pipeline.models.promotion import Promotions, new_entry
 from pipeline.models.promotion_history import ACCEPTED, PROMOTION
 from tests.faults import campaign

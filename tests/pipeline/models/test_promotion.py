@@ -15,7 +15,9 @@ from mlflow import MlflowClient
 
 from nvae.model import NVAE
 from pipeline.models.connection import Connection
-from pipeline.models.export import Lineage, RegistryError, export
+from pipeline.models.export import export
+from pipeline.models.lineage import Lineage
+from pipeline.models.names import RegistryError
 from pipeline.models.promotion import Promotions, UnfitError, history_name, verified
 from pipeline.models.promotion_history import ACCEPTED, OVERTAKEN
 from pipeline.models.registry import Registry
