@@ -9,6 +9,7 @@ Without a data set there is no likelihood, and the model cannot become `best`: t
 measured. The figure of the first forward pass is of a few images and only says that the model works.
 """
 
+import copy
 import hashlib
 import tempfile
 import time
@@ -110,9 +111,9 @@ def accept(
         model = _with_config(model, config.model)
     worker = LocalWorker()
     model.to(worker.device)
-    bits, checked_on = _checked(model, config, index, source)
+    bits, checked_on = _checked(_to_use(model), config, index, source)
     progress.say(f"Opened and checked: {bits:.3f} bits/dim on {checked_on}")
-    scores = _measured(model, config, index, worker, draws, batch_size) if index else {}
+    scores = _measured(_to_use(model), config, index, worker, draws, batch_size) if index else {}
     return Imported(
         model=model.cpu().eval(),
         config=config,
@@ -210,8 +211,14 @@ def _with_config(model: NVAE, config: NVAEConfig) -> NVAE:
     """The same weights, used in another way: without the published peculiarities."""
     with torch.random.fork_rng(devices=[]):
         changed = NVAE(config)
-    changed.load_state_dict(model.state_dict())
+    trained = {name: torch.tensor(True) for name in changed.state_dict() if name.endswith(".initialized")}
+    changed.load_state_dict(model.state_dict() | trained)
     return changed.eval()
+
+
+def _to_use(model: NVAE) -> NVAE:
+    """A model to compute with: published cells of res_elu are changed by the first batch that they see."""
+    return copy.deepcopy(model) if model.config.cell_family == "res_elu" else model
 
 
 # --- what it computes -------------------------------------------------------------------------

@@ -116,12 +116,14 @@ def write_export(
 
     Raises StoreError if the store refuses.
     """
+    if weights is None:
+        weights = tensors_to_bytes(model.state_dict())
     images = sample_images(model, config.sampling.count, config.sampling.temperature, config.train.seed)
     data_root = storage.shown(config.data.root)
     return write_directory(
         url,
         {
-            WEIGHTS: tensors_to_bytes(model.state_dict()) if weights is None else weights,
+            WEIGHTS: weights,
             CONFIG: _settings_text(config),
             SAMPLES: png(grid(images)),
             CARD: write_card(name, config, lineage, metrics, data_root).encode(),

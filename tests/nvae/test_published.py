@@ -221,7 +221,7 @@ def corruptions() -> dict[str, tuple[Any, str]]:
             ]
         },
         "more cells than weights": (
-            good | {"args": argparse.Namespace(**arguments | {"num_cell_per_cond_dec": 100})},
+            good | {"args": argparse.Namespace(**arguments | {"num_groups_per_scale": 4096})},
             "but it has",
         ),
         "another family": (

@@ -120,6 +120,19 @@ def test_the_published_peculiarities_can_be_left_behind(tmp_path: Path) -> None:
     assert torch.equal(found.model.stem.weight, published_model().stem.weight)
 
 
+@pytest.mark.parametrize("compatible", ["true", "false"])
+def test_cells_that_the_first_batch_changes_are_exported_as_they_were_saved(
+    compatible: str, tmp_path: Path
+) -> None:
+    model = published_model(cell_family="res_elu")
+    found = imported(checkpoint(tmp_path, model), None, f"model.published_compatibility={compatible}")
+    written = importing.write(found, str(tmp_path / "model"))
+    state, saved = load_directory(written).model.state_dict(), model.state_dict()
+    for name, value in saved.items():
+        if not name.startswith("spectral."):
+            assert torch.equal(state[name], value), name
+
+
 DAMAGE = {
     "nan": ("stem.bias", torch.full((4,), torch.nan), "stem.bias is not finite"),
     "infinity": ("stem.bias", torch.full((4,), torch.inf), "stem.bias is not finite"),

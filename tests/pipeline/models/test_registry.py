@@ -25,6 +25,7 @@ from pipeline.models.registry import Registration, Registry, load
 from pipeline.models.sampling import sample_images
 from pipeline.models.versions import Version, best_of, judge
 from pipeline.training.checkpoint_writer import CheckpointWriter
+from pipeline.training.run_description import described
 from tests.pipeline.models.tiny import tiny_config, tiny_model
 
 BITS = "validation/bits_per_dim"
@@ -120,6 +121,43 @@ def test_the_same_works_with_an_mlflow_server(mlflow_server, tmp_path):
         "model/manifest.json",
         "model/samples.png",
     ]
+
+
+def check_adoption(tracking_uri: str) -> None:
+    description = described(
+        "k" * 32, "adopted", "import-x", {"model.image_size": 8}, {"imported.from": "x.pt"}
+    )
+    registry = Registry(tracking_uri)
+    first, again = (registry.adopt(description, {BITS: 3.5, "validation/x": math.nan}, 7) for _ in range(2))
+    assert first == again
+    run = MlflowClient(tracking_uri).get_run(first)
+    assert (run.info.status, run.info.run_name) == ("FINISHED", "import-x")
+    assert run.data.metrics == {BITS: 3.5}
+    assert len(MlflowClient(tracking_uri).get_metric_history(first, BITS)) == 1
+
+
+def test_a_model_without_a_training_gets_a_run_once(place):
+    check_adoption(place.uri)
+
+
+def test_a_server_does_the_same(mlflow_server):
+    check_adoption(mlflow_server)
+
+
+def test_a_model_is_not_put_into_an_experiment_that_was_deleted(place):
+    place.client.delete_experiment(place.client.create_experiment("gone"))
+    with pytest.raises(RegistryError, match="experiment 'gone' was deleted"):
+        Registry(place.uri).adopt(described("k" * 32, "gone", "import-x", {}, {}), {}, 0)
+
+
+def test_the_same_weights_measured_on_other_data_are_another_version(place):
+    unmeasured = place.register(bits=math.nan, data_hash="not-measured")
+    measured = place.register(bits=4.0)
+    assert [each.version.version for each in (unmeasured, measured, place.register())] == ["1", "2", "2"]
+    assert place.register(bits=math.nan, data_hash="not-measured").version.version == "1"
+    assert measured.is_best
+    assert measured.version.url != unmeasured.version.url
+    assert measured.version.weights_sha256 == unmeasured.version.weights_sha256
 
 
 def test_a_version_knows_what_it_was_trained_on_and_how_good_it_is(place):
