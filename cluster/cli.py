@@ -2,7 +2,7 @@
 
 Each command parses, calls one function and shows its answer. Imports that cost seconds
 stand inside the functions, so that help texts are instant. Commands that look at what is
-there are in lookups.py, those that draw in pictures.py.
+there are in lookups.py, those that draw in pictures.py, import and export in exchange.py.
 
 Exit codes: 0 done, 1 a failed run or a bug, 2 bad input, 3 training diverged for good,
 4 trained, but MLflow did not take the model.

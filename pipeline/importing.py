@@ -11,7 +11,6 @@ measured. The figure of the first forward pass is of a few images and only says 
 
 import copy
 import hashlib
-import tempfile
 import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -41,9 +40,10 @@ from pipeline.models.names import check_name
 from pipeline.models.registry import Registration, Registry
 from pipeline.published_settings import global_batch_size, run_config
 from pipeline.run import EXPERIMENT, code_version
+from pipeline.training.private_folder import PrivateFolder
 from pipeline.training.run_description import described
 from pipeline.training.worker import LocalWorker
-from pipeline.untrusted.published import MOST_BYTES, Received, UntrustedError, receive
+from pipeline.untrusted.published import MOST_BYTES, PREFIX, Received, UntrustedError, receive
 
 NOT_MEASURED = "not-measured"
 """What stands for the data set's hash where none was given."""
@@ -143,6 +143,7 @@ def write(imported: Imported, url: str) -> str:
 def register(imported: Imported, name: str, store: str, tracking_uri: str) -> Registration:
     """Registers the model as a version of `name`, with what was measured of it."""
     run_name = f"import-{check_name(name)}"
+    origin = {"imported.from": imported.source, "imported.sha256": imported.sha256}
     description = described(
         # The same import is the same run.
         hashlib.sha256(f"{imported.sha256}/{name}/{imported.data_hash}".encode()).hexdigest()[:32],
@@ -150,8 +151,7 @@ def register(imported: Imported, name: str, store: str, tracking_uri: str) -> Re
         run_name,
         config_file.leaves(config_file.without_secrets(imported.config)),
         {
-            "imported.from": imported.source,
-            "imported.sha256": imported.sha256,
+            **origin,
             "data.hash": imported.data_hash,
             "data.root": storage.shown(imported.config.data.root),
             "code.version": code_version(),
@@ -160,7 +160,10 @@ def register(imported: Imported, name: str, store: str, tracking_uri: str) -> Re
     run_id = adopt(tracking_uri, description, imported.scores, imported.images_seen)
     lineage = _lineage(imported, run_name, run_id)
     manifest = export(store, name, imported.model, imported.config, lineage, imported.scores)
-    return Registry(tracking_uri).register(manifest.url, name)
+    registry = Registry(tracking_uri)
+    registration = registry.register(manifest.url, name)
+    registry.note(registration.version, origin)
+    return registration
 
 
 def _lineage(imported: Imported, run_name: str, run_id: str) -> Lineage:
@@ -180,12 +183,15 @@ def _on_disk(source: str) -> Iterator[Path]:
     size = storage.size(place)
     if size > MOST_BYTES:
         raise UntrustedError(f"{storage.shown(source)}: has {size:,} bytes, more than any published model.")
-    with tempfile.TemporaryDirectory(prefix="nvae-import-") as folder:
-        path = Path(folder) / "checkpoint.pt"
+    private = PrivateFolder(PREFIX)
+    try:
+        path = private.path / "checkpoint.pt"
         with path.open("xb") as file:
             for start in range(0, size, _PART_BYTES):
                 file.write(storage.read_bytes(place, start, min(start + _PART_BYTES, size)))
         yield path
+    finally:
+        private.leave(keep=False)
 
 
 # --- the model --------------------------------------------------------------------------------

@@ -13,7 +13,6 @@ import site
 import stat
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,9 +23,12 @@ from torch import Tensor
 
 from pipeline.artifacts import ArtifactError, tensors_from_bytes
 from pipeline.errors import InputError
+from pipeline.training.private_folder import PrivateFolder
 
 MOST_BYTES = 32 << 30
 """The largest published checkpoint has 4 GB."""
+PREFIX = "nvae-import-"
+"""Of folders of temporary files."""
 _REPORT_BYTES = 4 << 20
 _START_SECONDS = 120
 _SECONDS_PER_GIB = 120
@@ -69,9 +71,11 @@ def receive(path: Path) -> Received:
             raise UntrustedError(
                 f"{path}: has {found.st_size:,} bytes, more than any checkpoint of a published model."
             )
-        # Of this user alone.
-        with tempfile.TemporaryDirectory(prefix="nvae-import-") as folder:
-            return _received(path, file, found.st_size, Path(folder))
+        private = PrivateFolder(PREFIX)
+        try:
+            return _received(path, file, found.st_size, private.path)
+        finally:
+            private.leave(keep=False)
     except OSError as error:
         raise UntrustedError(f"{path}: cannot be read: {error.strerror or error}.") from error
     finally:

@@ -15,7 +15,7 @@ import zipfile
 from collections.abc import Mapping
 from typing import Any, BinaryIO
 
-from pipeline.untrusted.confinement import Limits, confine, leave_network
+from pipeline.untrusted.confinement import Limits, confine, end_with_parent, leave_network
 
 # A process of one thread can leave the network; torch would start others.
 LAYERS = ["network"] if __name__ == "__main__" and leave_network() else []
@@ -36,6 +36,7 @@ _PLAIN_TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64, tor
 
 
 def main() -> None:
+    end_with_parent()
     report_file, size = int(sys.argv[1]), int(sys.argv[2])
     with os.fdopen(0, "rb") as file:
         _rehearse()

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
+from pipeline import importing
 from pipeline.models.export import load_directory
 from pipeline.models.registry import Registry, load
-from tests.pipeline.test_importing import checkpoint
+from tests.pipeline.test_importing import checkpoint, imported
 from tests.tiny_run import Home, nvae
 
 Capture = pytest.CaptureFixture[str]
@@ -47,6 +48,10 @@ def test_a_checkpoint_is_imported_measured_and_exported_again(
     assert found["model"] == "models:/exchanged/1"
     assert found["validation/images"] == 6
     assert "is the best" in found["verdict"]
+    # Without a registry, and from the same file.
+    written = answered(capsys, "import", source, "sampling.count=2", "--output", "model")
+    assert written["sha256"] == found["sha256"]
+    assert load_directory("model").model.config == load("models:/exchanged@best", home.tracking).model.config
     copied = answered(capsys, "export", "models:/exchanged@best", "copy")
     version = Registry(home.tracking).find("models:/exchanged@best")
     assert copied["manifest_sha256"] == version.manifest_sha256
@@ -90,7 +95,7 @@ def test_a_training_checkpoint_is_exported_with_its_averaged_weights(home: Home,
 
 
 def test_an_export_is_whole_or_not_there(folder: Path, capsys: Capture) -> None:
-    answered(capsys, "import", checkpoint(folder), "sampling.count=2", "--output", "model")
+    importing.write(imported(checkpoint(folder)), "model")
     Path("mine").mkdir()
     Path("mine", "file").write_text("mine")
     assert "mine: is there already" in refused(capsys, "export", "model", "mine")
@@ -105,7 +110,7 @@ def test_an_export_is_whole_or_not_there(folder: Path, capsys: Capture) -> None:
 
 
 def test_an_mlflow_model_is_made_of_code_and_safetensors(folder: Path, capsys: Capture) -> None:
-    answered(capsys, "import", checkpoint(folder), "sampling.count=2", "--output", "model")
+    importing.write(imported(checkpoint(folder)), "model")
     assert answered(capsys, "export", "model", "served", "--pyfunc")["format"] == "pyfunc"
     assert Path("served", "MLmodel").is_file()
     assert [path for path in Path("served").rglob("*") if path.suffix in {".pkl", ".pt"}] == []

@@ -50,8 +50,7 @@ def test_an_imported_model_evaluates_as_the_published_code_did(
     case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recorded = case.load()
-    found = importing.take_in(str(case.path / "checkpoint.pt"), None, ["sampling.count=1"], None, 1, 4)
-    url = importing.write(found, str(tmp_path / "model"))
+    url = importing.write(imported(str(case.path / "checkpoint.pt")), str(tmp_path / "model"))
     loaded = load_directory(url)
     assert loaded.config.model == recorded.config
     ours = dataclasses.replace(recorded, model=loaded.model)
@@ -99,6 +98,7 @@ def test_what_is_measured_is_registered_and_only_that_can_be_the_best(home: Home
     run = MlflowClient(home.tracking).get_run(version.run_id)
     assert run.info.status == "FINISHED"
     assert run.data.tags["imported.from"] == source
+    assert MlflowClient(home.tracking).get_model_version("faces", "2").tags["imported.from"] == source
     assert run.data.params["model.latent_channels"] == "2"
     assert run.data.metrics["validation/bits_per_dim"] == pytest.approx(version.score)
     # The same import again was the same run.

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nvae.published_arguments import config_from_arguments
@@ -156,6 +156,7 @@ def test_all_that_differs_is_named() -> None:
 odd = st.sampled_from([None, True, -1, 0, 3, 2**62, -0.5, 0.7, 2.0, 1e300, math.nan, math.inf, "", "3", [1]])
 
 
+@settings(max_examples=40)
 @given(
     odd_arguments=st.fixed_dictionaries(
         {},

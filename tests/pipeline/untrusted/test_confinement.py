@@ -133,6 +133,26 @@ def test_a_process_that_left_the_network_reaches_not_even_this_machine():
     assert status == 0
 
 
+@LINUX
+def test_a_process_ends_with_the_one_that_started_it():
+    child = "import time; from pipeline.untrusted.confinement import end_with_parent; end_with_parent(); "
+    code = f"""
+    import subprocess, sys, time
+    process = subprocess.Popen([sys.executable, "-c", {child + "print(1, flush=True); time.sleep(60)"!r}])
+    print(process.pid, flush=True)
+    time.sleep(60)
+    """
+    with subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code)], env=environment(), stdout=subprocess.PIPE, text=True
+    ) as parent:
+        assert parent.stdout is not None
+        lines = [parent.stdout.readline(), parent.stdout.readline()]
+        assert "1\n" in lines
+        parent.kill()
+        # The child has the other end of it, too.
+        assert parent.stdout.read() == ""
+
+
 def test_where_there_are_no_namespaces_nothing_is_said_to_stand(monkeypatch):
     monkeypatch.setattr(sys, "platform", "darwin")
     assert leave_network() is False

@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import pickle
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -56,8 +55,8 @@ def test_weights_and_arguments_arrive_and_nothing_else_is_left(tmp_path, monkeyp
 
 def test_code_is_refused_by_name_and_not_run(tmp_path):
     target = tmp_path / "written"
-    for content in (training_state(tiny_model(), extra=Bomb(target)), pickle.dumps(Bomb(target), protocol=2)):
-        assert "was not opened, since that would run code" in refusal(file_of(tmp_path, content))
+    path = file_of(tmp_path, training_state(tiny_model(), extra=Bomb(target)))
+    assert "was not opened, since that would run code" in refusal(path)
     assert not target.exists()
 
 
