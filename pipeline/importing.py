@@ -167,7 +167,14 @@ def register(imported: Imported, name: str, store: str, tracking_uri: str) -> Re
 
 
 def _lineage(imported: Imported, run_name: str, run_id: str) -> Lineage:
-    return Lineage(run_name, run_id, imported.images_seen, imported.data_hash, code_version())
+    return Lineage(
+        run_name,
+        run_id,
+        imported.images_seen,
+        imported.data_hash,
+        code_version(),
+        parent=imported.source,
+    )
 
 
 # --- the file ---------------------------------------------------------------------------------
