@@ -12,7 +12,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export MLFLOW_DISABLE_TELEMETRY := true
 
 .DEFAULT_GOAL := help
-.PHONY: help train test lint campaign faults faults-data faults-search faults-import bench-data bench-formats bench-overhead bench-divergence bench-search clean
+.PHONY: help train test lint campaign faults faults-data faults-search faults-import bench-data bench-formats bench-overhead bench-divergence bench-search bench-registry clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-17s%s\n", $$1, $$2}' Makefile
@@ -67,6 +67,9 @@ bench-divergence: .venv/installed  ## a training that diverges, and how it is ke
 
 bench-search: .venv/installed  ## random search with early stopping and without
 	$(BIN)/python -m tests.benchmarks.search
+
+bench-registry: .venv/installed  ## finding models among 10,000 versions
+	$(BIN)/python -m tests.benchmarks.registry
 
 clean:  ## remove what was installed and cached; runs and models in nvae-store stay
 	rm -rf .venv .venv-s3 .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

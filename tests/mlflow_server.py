@@ -22,6 +22,9 @@ class MlflowServer:
     folder: Path
     """Database, artifacts and log."""
     port: int
+    backend: str = ""
+    """Another database than SQLite in the folder."""
+    workers: int = 1
     _process: subprocess.Popen[bytes] | None = field(default=None, init=False)
 
     @property
@@ -31,12 +34,12 @@ class MlflowServer:
     @property
     def database(self) -> str:
         """The same runs without the server."""
-        return f"sqlite:///{self.folder}/mlflow.db"
+        return self.backend or f"sqlite:///{self.folder}/mlflow.db"
 
     def start(self) -> None:
         """Returns when it answers."""
         command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
-        command += ["--workers", "1", "--backend-store-uri", self.database]
+        command += ["--workers", str(self.workers), "--backend-store-uri", self.database]
         command += ["--artifacts-destination", str(self.folder / "artifacts")]
         quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
         log = self.folder / "log"
@@ -79,13 +82,17 @@ class MlflowServer:
         return found
 
 
-@contextmanager
-def serving(folder: Path) -> Iterator[MlflowServer]:
-    """A running server with an empty database."""
-    folder.mkdir(parents=True, exist_ok=True)
+def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port: int = listener.getsockname()[1]
-    server = MlflowServer(folder, port)
+    return port
+
+
+@contextmanager
+def serving(folder: Path, backend: str = "", workers: int = 1) -> Iterator[MlflowServer]:
+    """A running server with an empty database: SQLite in the folder, or `backend`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    server = MlflowServer(folder, free_port(), backend, workers)
     # Tables that are there already save the server seconds.
     MlflowClient(server.database).search_experiments()
     server.start()
