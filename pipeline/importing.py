@@ -79,6 +79,10 @@ def take_in(
 
     Raises UntrustedError, DisagreementError or another InputError with the reason why not.
     """
+    # What can be wrong without the file is found before hours of a download.
+    if preset:
+        config_file.load(preset)
+    index = None if data is None else load_index(data)
     with _on_disk(source) as path:
         received = receive(path)
     if not {"network", "calls"} & set(received.layers):
@@ -86,7 +90,7 @@ def take_in(
             "This system has neither network namespaces nor a filter of system calls: the checkpoint was "
             "opened within limits, by a reader that makes tensors and plain values only."
         )
-    return accept(received, source, preset, overrides, data, draws, batch_size)
+    return accept(received, source, preset, overrides, index, draws, batch_size)
 
 
 def accept(
@@ -94,17 +98,15 @@ def accept(
     source: str,
     preset: str | None,
     overrides: Sequence[str],
-    data: str | None,
+    index: Index | None,
     draws: int,
     batch_size: int,
 ) -> Imported:
     """What `take_in` does with a checkpoint once it is open."""
     model = _built(received, source)
     config, left_out = run_config(received.arguments, model.config, preset, overrides)
-    index = None
-    if data is not None:
-        config = config.model_copy(update={"data": config.data.model_copy(update={"root": data})})
-        index = load_index(data)
+    if index is not None:
+        config = config.model_copy(update={"data": config.data.model_copy(update={"root": index.root})})
         check_fits(config, index)
         check_complete(index, (VALIDATION,), cut_is_corrupt=config.data.on_corrupt == "skip")
     if config.model != model.config:

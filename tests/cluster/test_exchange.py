@@ -71,6 +71,10 @@ def test_what_was_asked_for_wrongly_is_said_before_anything_is_opened(folder: Pa
     taken.mkdir()
     (taken / "file").write_text("mine")
     assert "taken: is there already" in refused(capsys, "import", "nothing.pt", "--output", "taken")
+    assert "index.json is missing" in refused(
+        capsys, "import", "nothing.pt", "--output", "x", "--data", "data"
+    )
+    assert "neither a file nor" in refused(capsys, "import", "nothing.pt", "--output", "x", "--preset", "y")
     assert "nothing.pt: cannot be read: No such file" in refused(
         capsys, "import", "nothing.pt", "--output", "x"
     )

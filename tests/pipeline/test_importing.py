@@ -12,6 +12,7 @@ from torch import Tensor
 from nvae.model import NVAE
 from pipeline import importing, storage
 from pipeline.artifacts import tensors_from_bytes
+from pipeline.data.index import load_index
 from pipeline.importing import Imported
 from pipeline.models.export import load_directory
 from pipeline.models.registry import Registry, load
@@ -42,7 +43,8 @@ def imported(source: str, data: str | None = None, *overrides: str, draws: int =
     with Path(source).open("rb") as file:
         answer, weights = read(file, Path(source).stat().st_size)
     received = Received(**answer, weights=tensors_from_bytes(weights, source), sha256="5" * 64, layers=())
-    return importing.accept(received, source, None, ["sampling.count=2", *overrides], data, draws, 4)
+    index = load_index(data) if data else None
+    return importing.accept(received, source, None, ["sampling.count=2", *overrides], index, draws, 4)
 
 
 @pytest.mark.parametrize("case", cases())

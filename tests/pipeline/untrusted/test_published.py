@@ -1,6 +1,8 @@
 """Published checkpoints through the process that opens them, and files that it refuses."""
 
 import argparse
+import json
+import math
 import os
 import zipfile
 from pathlib import Path
@@ -8,7 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, event, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save
 
+from nvae.published import PublishedCheckpointError, build_published
+from pipeline.published_settings import run_config
 from pipeline.untrusted import published
 from pipeline.untrusted.published import UntrustedError, receive
 from tests.nvae.test_published import (
@@ -19,7 +26,7 @@ from tests.nvae.test_published import (
     published_state,
     training_state,
 )
-from tests.nvae.tiny import tiny_model
+from tests.nvae.tiny import tiny_config, tiny_model
 
 
 def file_of(folder: Path, content: Any) -> Path:
@@ -98,3 +105,54 @@ def test_one_that_is_not_opened_in_time_is_given_up(tmp_path, monkeypatch):
 def test_words_from_the_file_cannot_command_a_terminal(tmp_path):
     path = file_of(tmp_path, b"\x80\x02cos\x1b[2J\nsystem\n.")
     assert refusal(path).isprintable()
+
+
+json_values = st.recursive(
+    st.sampled_from([None, True, 0, -1, 3, 2**70, 0.5, math.nan, "", "res_mbconv", "x\x1b[2J"]),
+    lambda inner: (
+        st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(["a", "b"]), inner, max_size=2)
+    ),
+    max_leaves=4,
+)
+NAMES = [*arguments_of(tiny_config()), "batch_size", "epochs", "num_total_iter", "learning_rate", "seed"]
+answers = st.fixed_dictionaries(
+    {
+        **dict.fromkeys(("epoch", "global_step"), json_values),
+        "layers": st.lists(json_values, max_size=2),
+        "arguments": st.dictionaries(st.sampled_from(NAMES), json_values),
+    }
+)
+REFUSALS = (
+    {"layers": [], "refused": "\x1b[2J"},
+    {"layers": 1, "refused": []},
+    {"refused": "x"},
+    [],
+    {},
+    "x",
+    None,
+)
+WEIGHTS = save({"stem.weight": torch.ones(1)})
+
+
+@settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    answer=answers | answers | answers | st.sampled_from(REFUSALS),
+    cut=st.sampled_from([None, None, None, 5]),
+    weights=st.sampled_from([WEIGHTS, WEIGHTS, WEIGHTS, WEIGHTS[:-1], b""]),
+)
+def test_a_process_that_was_taken_can_say_what_it_likes(
+    answer: Any, cut: int | None, weights: bytes, tmp_path: Path
+) -> None:
+    (tmp_path / "weights").write_bytes(weights)
+    report = json.dumps(answer).encode()[:cut]
+    with (tmp_path / "weights").open("rb") as file:
+        try:
+            received = published._believed(Path("x.pt"), file.fileno(), report, tmp_path / "weights")
+        except UntrustedError as error:
+            assert str(error).isprintable()
+            event("refused")
+            return
+    event("believed")
+    with pytest.raises(PublishedCheckpointError):
+        build_published(received.arguments, received.weights)
+    run_config(received.arguments, tiny_config(), None, [])
