@@ -6,6 +6,12 @@ import click
 
 from cluster.options import WorkersType, json_option, show, show_facts, store_option, tracking_option
 
+
+def _told(facts: dict[str, Any]) -> dict[str, Any]:
+    """Of the facts those that say something: a rollback has no scores."""
+    return {name: fact for name, fact in facts.items() if fact not in ("", None, False)}
+
+
 _alias_option = click.option("--alias", required=True, help="The alias to move, such as champion; not best.")
 
 
@@ -52,7 +58,7 @@ def promote(as_json: bool, **asked: Any) -> int:
     from cluster import promoting
 
     facts = promoting.promote(**asked)
-    show_facts(facts, as_json)
+    show_facts(facts if as_json else _told(facts), as_json)
     return 0 if promoting.went_through(facts) else 1
 
 
@@ -72,7 +78,7 @@ def rollback(as_json: bool, **asked: Any) -> int:
     from cluster import promoting
 
     facts = promoting.rollback(**asked)
-    show_facts(facts, as_json)
+    show_facts(facts if as_json else _told(facts), as_json)
     return 0 if promoting.went_through(facts) else 1
 
 

@@ -243,7 +243,9 @@ def _scored(
         say(f"Evaluating {version.ref} on {images:,} images ...")
         scores = _evaluated(version, asked)
         images, score = int(scores["validation/images"]), scores[asked.criterion]
-    basis = Basis(asked.criterion, index.content_hash, images, asked.draws, asked.seed, _pixels(loaded))
+    trained_on = version.data_hash if asked.is_own else ""
+    data = index.content_hash
+    basis = Basis(asked.criterion, data, images, asked.draws, asked.seed, _pixels(loaded), trained_on)
     return basis, float(score)
 
 

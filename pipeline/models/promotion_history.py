@@ -41,6 +41,8 @@ class Basis:
     seed: int
     pixels: str
     """Size, channels, depth and likelihood of the model."""
+    trained_on: str = ""
+    """Content hash of the data set of its training; empty where somebody named one to judge all by."""
 
 
 @dataclass(frozen=True)
@@ -193,7 +195,7 @@ def _promoted(entry: Entry, steps: list[Step]) -> tuple[list[Step], str, str]:
     if entry.score is None or not math.isfinite(entry.score):
         return steps, REFUSED, "its score is not a finite number"
     if holder is None:
-        return after, ACCEPTED, f"nobody had the alias; it scores {entry.score:.4f}"
+        return after, ACCEPTED, f"nobody had the alias; it scores {entry.score:.6g}"
     if holder.version == entry.version:
         return steps, REFUSED, "it holds the alias already"
     theirs, same_holder = holder.score, entry.holder == holder.version
@@ -202,11 +204,11 @@ def _promoted(entry: Entry, steps: list[Step]) -> tuple[list[Step], str, str]:
             return steps, OVERTAKEN, f"version {holder.version} took the alias at the same moment"
         theirs = entry.holder_score
     if theirs is not None and entry.score < theirs:
-        return after, ACCEPTED, f"{entry.score:.4f} is below the {theirs:.4f} of version {holder.version}"
+        return after, ACCEPTED, f"{entry.score:.6g} is below the {theirs:.6g} of version {holder.version}"
     if theirs is None:
         why = entry.incomparable or f"version {holder.version} has no score to compare with"
     else:
-        why = f"{entry.score:.4f} is not below the {theirs:.4f} of version {holder.version}"
+        why = f"{entry.score:.6g} is not below the {theirs:.6g} of version {holder.version}"
     if entry.forced and same_holder:
         return after, ACCEPTED, f"forced: {why}"
     return steps, REFUSED, why

@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from mlflow import MlflowClient
 
+from nvae.model import NVAE
+from pipeline.models.export import Lineage, export
 from pipeline.models.promotion import history_name
 from pipeline.models.registry import Registry
 from tests.tiny_run import Home, Outcome, nvae
@@ -149,6 +152,56 @@ def test_the_holder_is_measured_as_the_candidate_is_or_they_are_not_compared(
     assert (ended.code, "is damaged" in facts["why"]) == (1, True)
     assert place.promote(other, "--samples", "3", "--force", "--reason", "it is gone")[0].code == 0
     assert place.champion() == str(other)
+
+
+def registered(place: Place, spoil: bool = False, data_hash: str = "", **model: Any) -> int:
+    """One more version, which nobody trained; the number that it got."""
+    config = place.home.config(*(f"model.{key}={value}" for key, value in model.items()))
+    root = f"{place.home.store}/data/tiny"
+    config = config.model_copy(update={"data": config.data.model_copy(update={"root": root})})
+    torch.manual_seed(len(data_hash))
+    made = NVAE(config.model).eval()
+    if spoil:
+        with torch.no_grad():
+            next(made.parameters()).view(-1)[0] = torch.nan
+    first = Registry(place.home.tracking).find(f"models:/{place.name}/1")
+    lineage = Lineage("made", first.run_id, 1, data_hash or first.data_hash, "1")
+    url = export(str(place.folder(1).parent), place.name, made, config, lineage, {}).url
+    return int(Registry(place.home.tracking).register(url, place.name).version.version)
+
+
+def test_not_a_number_is_never_forced_and_other_pixels_or_other_data_only(place: Place) -> None:
+    assert place.promote(1)[0].code == 0
+    force = ("--force", "--reason", "to see")
+    nan, shallow = registered(place, spoil=True), registered(place, pixel_bits=5)
+    other = registered(place, data_hash="d1" * 32)
+    for version, asked, why in [
+        (nan, (), "not finite"),
+        (nan, force, "not finite"),
+        (shallow, (), "cannot be compared"),
+        (other, (), "another data set"),
+    ]:
+        ended, facts = place.promote(version, *asked)
+        assert (ended.code, facts["outcome"]) == (1, "refused")
+        assert why in facts["why"]
+        assert place.champion() == "1"
+    # On a data set that is named both are measured, whatever they were trained on.
+    _, facts = place.promote(other, "--data", "store:tiny")
+    assert (facts["outcome"], facts["holder_score"] is None) == ("refused", False)
+    ended, facts = place.promote(shallow, *force)
+    assert (ended.code, place.champion()) == (0, str(shallow))
+    assert facts["why"].startswith("forced: ")
+
+
+def test_an_alias_that_was_moved_by_hand_is_put_back_with_a_line(place: Place) -> None:
+    assert place.promote(1)[0].code == 0
+    assert place.promote(2, "--force", "--reason", "x")[0].code == 0
+    Registry(place.home.tracking).point("champion", f"models:/{place.name}/1")
+    shown = nvae(place.capsys, "registry", "history", place.name)
+    assert "champion is at version 1, its history at version 2" in shown.out + shown.err
+    ended, _ = place.promote(2)
+    assert "was at 1, past its history" in ended.out + ended.err
+    assert place.champion() == "2"
 
 
 def test_what_names_nothing_is_one_message_and_leaves_nothing(place: Place) -> None:
