@@ -14,6 +14,7 @@ import torch
 from mlflow import MlflowClient
 
 from nvae.model import NVAE
+from pipeline import storage
 from pipeline.models.connection import Connection
 from pipeline.models.export import export
 from pipeline.models.lineage import Lineage
@@ -201,3 +202,19 @@ def test_weights_that_are_not_finite_are_unfit_though_their_hashes_are_right(
         next(model.parameters()).view(-1)[0] = torch.nan
     with pytest.raises(UnfitError, match="not finite"):
         verified(registered(uri, tmp_path / "store", model), uri)
+
+
+def test_a_store_that_does_not_answer_says_nothing_about_a_version(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registered(uri, tmp_path / "store", tiny_model())
+    MlflowClient(uri, uri).set_model_version_tag(NAME, "1", "weights.url", "s3://nobody/model")
+    monkeypatch.setattr("pipeline.patience.FIRST_CONTACT_SECONDS", 0.1)
+    for name, value in (
+        ("AWS_ACCESS_KEY_ID", "a"),
+        ("AWS_SECRET_ACCESS_KEY", "b"),
+        ("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9"),
+    ):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(storage.StoreError, match="cannot be reached"):
+        verified(Registry(uri).find(f"models:/{NAME}/1"), uri)
