@@ -176,22 +176,22 @@ def registered(uri: str, store: Path, model: NVAE) -> Version:
     return Registry(uri).register(manifest.url, NAME).version
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "samples.png", "manifest.json"])
-@pytest.mark.parametrize("how", ["gone", "changed", "cut"])
-def test_any_file_that_is_not_as_it_was_registered_makes_a_version_unfit(
-    uri: str, tmp_path: Path, file: str, how: str
-) -> None:
+def test_any_file_that_is_not_as_it_was_registered_makes_a_version_unfit(uri: str, tmp_path: Path) -> None:
     version = registered(uri, tmp_path / "store", tiny_model())
     assert verified(version, uri).manifest.sha256 == version.manifest_sha256
-    path = Path(version.url.removeprefix("file://"), file)
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    if how == "gone":
-        path.unlink()
-    else:
-        path.write_bytes(bytes(content) if how == "changed" else path.read_bytes()[:-1])
-    with pytest.raises(UnfitError, match=r"(?s)models:/nvae-faces/1"):
-        verified(version, uri)
+    for file in ("model.safetensors", "config.json", "samples.png", "manifest.json"):
+        path = Path(version.url, file)
+        whole = path.read_bytes()
+        changed = bytearray(whole)
+        changed[len(whole) // 2] ^= 1
+        for content in (None, bytes(changed), whole[:-1]):
+            path.unlink()
+            if content is not None:
+                path.write_bytes(content)
+            with pytest.raises(UnfitError, match="models:/nvae-faces/1"):
+                verified(version, uri)
+            path.write_bytes(whole)
+    verified(version, uri)
 
 
 def test_weights_that_are_not_finite_are_unfit_though_their_hashes_are_right(
