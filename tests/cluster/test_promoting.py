@@ -11,7 +11,8 @@ import torch
 from mlflow import MlflowClient
 
 from nvae.model import NVAE
-from pipeline.models.export import Lineage, export
+from pipeline.models.export import export
+from pipeline.models.lineage import Lineage
 from pipeline.models.promotion import history_name
 from pipeline.models.registry import Registry
 from tests.tiny_run import Home, Outcome, nvae
