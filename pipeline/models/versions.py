@@ -124,7 +124,7 @@ _NEEDED = ("weights.url", "weights.sha256", "manifest.sha256", "images_seen", "d
 
 def is_ours(tags: Mapping[str, str]) -> bool:
     """Whether a version with these tags was registered by this project."""
-    return all(tags.get(name) for name in _NEEDED) and tags["images_seen"].isdecimal()
+    return all(map(tags.get, _NEEDED)) and tags["images_seen"].isdecimal()
 
 
 def parse_version(
