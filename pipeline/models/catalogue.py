@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 MARGIN_MILLISECONDS = 600_000
 """Changes this long before the newest known one are read again."""
 _FIRST_PAGE, _LARGEST_PAGE = 100, 1000
+_READING = 4
+"""Pages that are asked for at a time: `mlflow server` has four workers."""
 _ASKING = 8
 """Versions that are confirmed at a time."""
 _MANY = 500
@@ -132,20 +134,29 @@ class Catalogue:
         return None
 
     def _all(self, models: Iterable[str]) -> Iterator[Row]:
-        for model in models:
-            last = 0
-            while True:
-                filter_string = f"name = '{model}' and version_number > {last}"
-                page: Any = self._mlflow.ask(
-                    lambda mlflow, filter_string=filter_string: mlflow.search_model_versions(  # type: ignore[misc]
-                        filter_string, max_results=_LARGEST_PAGE, order_by=["version_number ASC"]
-                    )
-                )
-                rows = [_row(each) for each in page]
+        """Everything, in stretches of numbers that are read beside each other: a server has workers."""
+
+        def newest(model: str) -> int:
+            found = self._search(f"name = '{model}'", 1, "version_number DESC")
+            return found[0].version if found else 0
+
+        def stretch(place: tuple[str, int]) -> list[Row]:
+            model, after = place
+            between = f"version_number > {after} and version_number <= {after + _LARGEST_PAGE}"
+            return self._search(f"name = '{model}' and {between}", _LARGEST_PAGE, "version_number ASC")
+
+        _ = self._mlflow
+        with ThreadPoolExecutor(_READING) as pool:
+            tops = dict(zip(models, pool.map(newest, models), strict=True))
+            places = [(model, after) for model, top in tops.items() for after in range(0, top, _LARGEST_PAGE)]
+            for rows in pool.map(stretch, places):
                 yield from rows
-                if not page.token:
-                    break
-                last = rows[-1].version
+
+    def _search(self, filter_string: str, most: int, order: str) -> list[Row]:
+        page: Any = self._mlflow.ask(
+            lambda mlflow: mlflow.search_model_versions(filter_string, max_results=most, order_by=[order])
+        )
+        return [_row(each) for each in page]
 
     # -- single ones ----------------------------------------------------------------------
 

@@ -4,9 +4,9 @@
     python -m tests.benchmarks.registry --versions 10000 --postgresql /usr/lib/postgresql/15/bin
 
 The second starts a PostgreSQL of its own in a temporary folder (as the user postgres where it is
-started by root) and `mlflow server` on it; it needs psycopg2, as MLflow does. One version is
-registered as always; the others are its rows again, with other numbers, hashes, scores and spectral
-coefficients, put into MLflow's tables: registering them one by one would take an hour.
+started by root) and `mlflow server` on it with its usual four workers; it needs psycopg2, as MLflow
+does. One version is registered as always; the others are its rows again, with other numbers, hashes,
+scores and spectral coefficients, put into MLflow's tables: registering them one by one would take an hour.
 
 `cold` is with an empty cache; `unchanged` with nothing new in MLflow; `one new` after one more version was
 registered; `MLflow` is its own search for all versions. Each is a median of several, whole commands
@@ -68,7 +68,7 @@ def main() -> None:
         else:
             place = "mlflow server on PostgreSQL"
             database = stack.enter_context(_postgresql(folder, asked.postgresql))
-            uri = stack.enter_context(serving(folder, backend=database)).url
+            uri = stack.enter_context(serving(folder, backend=database, workers=4)).url
         measured = _measured(folder, uri, database, asked.versions, asked.repeat)
     print(f"{asked.versions:,} versions of {MODELS} models, {place}; seconds")
     for what, (whole, inside) in measured.items():

@@ -87,7 +87,7 @@ CALLS: dict[str, tuple[str, str, tuple[Any, ...]]] = {
     "argparse.FileType": ("argparse", "FileType", ("w",)),
     "argparse.ArgumentParser": ("argparse", "ArgumentParser", ()),
     "operator.attrgetter": ("operator", "attrgetter", ("__class__",)),
-    "functools.partial": ("functools", "partial", (print, "x")),
+    "functools.partial": ("functools", "partial", (len, "x")),
     "asyncio.run": ("asyncio", "run", (None,)),
     "timeit.timeit": ("timeit", "timeit", (f"open('{MARKER}', 'w')",)),
     "cProfile.run": ("cProfile", "run", (f"open('{MARKER}', 'w')",)),

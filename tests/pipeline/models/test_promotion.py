@@ -27,13 +27,6 @@ from tests.pipeline.models.promoting import ALIAS, NAME, attempt, check_race, re
 from tests.pipeline.models.tiny import tiny_config, tiny_model
 
 
-@pytest.fixture(scope="module")
-def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("mlflow") / "empty.db"
-    MlflowClient(f"sqlite:///{path}").search_experiments()
-    return path
-
-
 @pytest.fixture
 def uri(tmp_path: Path, empty_database: Path) -> str:
     shutil.copy(empty_database, tmp_path / "mlflow.db")

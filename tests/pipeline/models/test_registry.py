@@ -25,18 +25,9 @@ from pipeline.models.registry import Registration, Registry, load
 from pipeline.models.sampling import sample_images
 from pipeline.models.versions import Version, best_of, judge
 from pipeline.training.checkpoint_writer import CheckpointWriter
-from pipeline.training.run_description import described
 from tests.pipeline.models.tiny import tiny_config, tiny_model
 
 BITS = "validation/bits_per_dim"
-
-
-@pytest.fixture(scope="module")
-def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An MLflow database without models; making one takes seconds, copying it nothing."""
-    path = tmp_path_factory.mktemp("mlflow") / "empty.db"
-    MlflowClient(f"sqlite:///{path}").search_experiments()
-    return path
 
 
 class Place:
@@ -121,33 +112,6 @@ def test_the_same_works_with_an_mlflow_server(mlflow_server, tmp_path):
         "model/manifest.json",
         "model/samples.png",
     ]
-
-
-def check_adoption(tracking_uri: str) -> None:
-    description = described(
-        "k" * 32, "adopted", "import-x", {"model.image_size": 8}, {"imported.from": "x.pt"}
-    )
-    registry = Registry(tracking_uri)
-    first, again = (registry.adopt(description, {BITS: 3.5, "validation/x": math.nan}, 7) for _ in range(2))
-    assert first == again
-    run = MlflowClient(tracking_uri).get_run(first)
-    assert (run.info.status, run.info.run_name) == ("FINISHED", "import-x")
-    assert run.data.metrics == {BITS: 3.5}
-    assert len(MlflowClient(tracking_uri).get_metric_history(first, BITS)) == 1
-
-
-def test_a_model_without_a_training_gets_a_run_once(place):
-    check_adoption(place.uri)
-
-
-def test_a_server_does_the_same(mlflow_server):
-    check_adoption(mlflow_server)
-
-
-def test_a_model_is_not_put_into_an_experiment_that_was_deleted(place):
-    place.client.delete_experiment(place.client.create_experiment("gone"))
-    with pytest.raises(RegistryError, match="experiment 'gone' was deleted"):
-        Registry(place.uri).adopt(described("k" * 32, "gone", "import-x", {}, {}), {}, 0)
 
 
 def test_the_same_weights_measured_on_other_data_are_another_version(place):
