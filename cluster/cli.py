@@ -2,7 +2,8 @@
 
 Each command parses, calls one function and shows its answer. Imports that cost seconds
 stand inside the functions, so that help texts are instant. Commands that look at what is
-there are in lookups.py, those that draw in pictures.py, import and export in exchange.py.
+there are in lookups.py, `nvae evaluate` in evaluate.py, those that draw in pictures.py, import and
+export in exchange.py.
 
 Exit codes: 0 done, 1 a failed run or a bug, 2 bad input, 3 training diverged for good,
 4 trained, but MLflow did not take the model.
@@ -15,13 +16,11 @@ from typing import Any
 
 import click
 
-from cluster import aliases, exchange, lookups, pictures, registered
+from cluster import aliases, evaluate, exchange, lookups, pictures, registered
 from cluster.options import (
-    WorkersType,
     json_option,
     overrides_argument,
     show,
-    show_facts,
     store_option,
     tracking_option,
     workers_option,
@@ -98,7 +97,7 @@ for group in (lookups.shards, registered.registry, lookups.runs, track, lookups.
     cli.add_command(group)
 for command in (pictures.sample, pictures.reconstruct, pictures.interpolate, pictures.traverse):
     cli.add_command(command)
-for command in (exchange.import_, exchange.export):
+for command in (evaluate.evaluate, exchange.import_, exchange.export):
     cli.add_command(command)
 for command in (aliases.promote, aliases.rollback, aliases.history):
     registered.registry.add_command(command)
@@ -201,53 +200,6 @@ def report(search: str, as_json: bool, store: str | None) -> None:
     rows, columns, url = search_lookup.report(search, store, facts=as_json)
     show(rows, columns, as_json)
     click.echo(f"Report: {url}", err=as_json)
-
-
-@cli.command()
-@click.argument("model")
-@click.option("--data", metavar="URL", help="Data set to evaluate on. [the one it was trained on]")
-@click.option(
-    "--samples",
-    default=1,
-    show_default=True,
-    type=click.IntRange(1),
-    help="Draws per image; more than one give the importance-weighted likelihood, too.",
-)
-@click.option("--limit", type=click.IntRange(1), help="Evaluate the first N validation images only.")
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of the latents' noise.")
-@click.option(
-    "--batch-size",
-    default=64,
-    show_default=True,
-    type=click.IntRange(1),
-    help="Images times draws at once: as many as memory holds; the result is the same but for rounding.",
-)
-@click.option(
-    "--workers",
-    type=WorkersType(),
-    metavar="N|MIN:MAX",
-    help="Evaluate on Ray workers; whatever their number, the same figures. [in this process, without Ray]",
-)
-@click.option(
-    "--record/--no-record",
-    default=True,
-    show_default=True,
-    help="Note the figures at the registered version; a URL of a checkpoint has none.",
-)
-@json_option
-@store_option
-@tracking_option
-def evaluate(as_json: bool, **asked: Any) -> int:
-    """Measure a model on a validation split: NELBO, bits/dim, KL per group, unused groups.
-
-    MODEL is models:/NAME@ALIAS, models:/NAME/VERSION, or the URL of a checkpoint. Exit code 1 if it
-    was asked to stop before the end.
-    """
-    from cluster import evaluating
-
-    answer = evaluating.evaluate(**asked)
-    show_facts(evaluating.facts(answer), as_json)
-    return 0 if answer["state"] == "finished" else 1
 
 
 @cli.command()

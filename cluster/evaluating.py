@@ -6,20 +6,38 @@ imported.
 """
 
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from cluster.models import tracking_uri
-from pipeline import sharded_evaluation, storage
+from nvae.config import NVAEConfig
+from pipeline import inception_weights, sharded_evaluation, storage
 from pipeline import store as stores
 from pipeline.models.evaluation_record import evaluation_tag
+from pipeline.models.quality_record import quality_tag
 from pipeline.models.registry import Registry, load
+from pipeline.models.sampling import per_group
 from pipeline.models.versions import Version
 from pipeline.progress import say
 from pipeline.training.worker import LocalWorker
 from pipeline.width import Workers
 
 ENTRY = "pipeline.sharded_evaluation:work"
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """How the samples are drawn and measured whose FID, precision and recall are wanted."""
+
+    inception: str
+    """File or URL of Inception's weights."""
+    inception_sha256: str | None
+    """Of that file, or the beginning; None if any will do."""
+    count: int
+    reference: str
+    """The split that they are compared with."""
+    temperature: tuple[float, ...]
 
 
 def evaluate(
@@ -33,10 +51,12 @@ def evaluate(
     record: bool,
     store: str | None,
     tracking: str | None,
+    sampled: Sampled | None = None,
 ) -> dict[str, Any]:
     """The figures of a model on the validation split of `data`, by default its own data set.
 
-    With an empty mapping as `scores` and state "stopped" if it was asked to leave.
+    With an empty mapping as `scores` and state "stopped" if it was asked to leave. Those of its samples, too,
+    if `sampled` says how.
     """
     uri, located = tracking_uri(store, tracking), stores.locate(store)
     registry = Registry(uri) if model.startswith("models:") else None
@@ -53,11 +73,42 @@ def evaluate(
         "limit": limit,
         "batch_size": batch_size,
         "seed": seed,
+        "quality": _quality(sampled, loaded.config.model, located, batch_size, seed) if sampled else None,
     }
     answer = _answered(arguments, workers, located)
     if answer["state"] == "finished" and record and registry and version:
-        registry.note(version, dict([evaluation_tag(answer)]))
+        registry.note(version, dict(_tags(answer)))
     return answer | {"recorded_at": _recorded_at(answer, version if record else None)}
+
+
+def _quality(sampled: Sampled, model: NVAEConfig, store: str, batch_size: int, seed: int) -> dict[str, Any]:
+    """What sharded_quality.measure is asked; what is wrong with it is found before the first image."""
+    per_group(sampled.temperature, model)
+    weights = inception_weights.keep(
+        sampled.inception, sampled.inception_sha256, storage.join(store, "inception")
+    )
+    found = weights.fields["source_sha256"]
+    if sampled.inception_sha256 is None:
+        say(f"Any file was taken for Inception's weights; to insist on this one: --inception-sha256 {found}")
+    return {
+        "inception": weights.url,
+        "inception_manifest": weights.sha256,
+        "inception_sha256": found,
+        "features": storage.join(store, "features"),
+        "count": sampled.count,
+        "reference": sampled.reference,
+        "temperature": list(sampled.temperature),
+        # As papers measure it: the mean of each pixel is smoother than any image.
+        "pixels": "sample",
+        "seed": seed,
+        "batch_size": batch_size,
+    }
+
+
+def _tags(answer: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    yield evaluation_tag(answer)
+    if "sample_quality" in answer:
+        yield quality_tag(answer["sample_quality"])
 
 
 def facts(answer: Mapping[str, Any]) -> dict[str, Any]:

@@ -112,13 +112,15 @@ def describe(model: str, store: str | None, tracking: str | None) -> dict[str, A
     """Everything that is recorded of one version, by name."""
     version = registry.version(model, tracking=tracking, store=store)
     fields = dict(vars(version))
-    metrics, settings, evaluations = (fields.pop(name) for name in ("metrics", "settings", "evaluations"))
+    metrics, settings = fields.pop("metrics"), fields.pop("settings")
+    evaluations, qualities = fields.pop("evaluations"), fields.pop("sample_quality")
     return {
         **{name: None if value == "" else value for name, value in fields.items()},
         "aliases": list(version.aliases),
         **metrics,
         "files": dict(version.files),
         "evaluations": [{**vars(each), "metrics": dict(each.metrics)} for each in evaluations],
+        "sample_quality": [vars(each) for each in qualities],
         "settings": dict(settings),
     }
 

@@ -27,6 +27,28 @@ class WorkersType(click.ParamType[Workers]):
             )
 
 
+class TemperatureType(click.ParamType[tuple[float, ...]]):
+    """`T`, or one per scale, `T,T,T`; whether there are as many as scales, only the model knows."""
+
+    name = "T or T,T,..."
+
+    def convert(
+        self, value: Any, parameter: click.Parameter | None, context: click.Context | None
+    ) -> tuple[float, ...]:
+        try:
+            temperatures = tuple(float(each) for each in str(value).split(","))
+        except ValueError:
+            temperatures = ()
+        # What is not finite is refused by the first comparison or the second.
+        if not temperatures or not all(0 <= each < float("inf") for each in temperatures):
+            self.fail(
+                f"{value!r} is no temperature, such as 0.7, and no list of one per scale, such as 1,0.9,0.7.",
+                parameter,
+                context,
+            )
+        return temperatures
+
+
 workers_option = click.option(
     "--workers",
     type=WorkersType(),

@@ -5,30 +5,7 @@ from typing import Any
 
 import click
 
-from cluster.options import batch_size_option, store_option, tracking_option
-
-
-class _TemperatureType(click.ParamType[tuple[float, ...]]):
-    """`T`, or one per scale, `T,T,T`; whether there are as many as scales, only the model knows."""
-
-    name = "T or T,T,..."
-
-    def convert(
-        self, value: Any, parameter: click.Parameter | None, context: click.Context | None
-    ) -> tuple[float, ...]:
-        try:
-            temperatures = tuple(float(each) for each in str(value).split(","))
-        except ValueError:
-            temperatures = ()
-        # What is not finite is refused by the first comparison or the second.
-        if not temperatures or not all(0 <= each < float("inf") for each in temperatures):
-            self.fail(
-                f"{value!r} is no temperature, such as 0.7, and no list of one per scale, such as 1,0.9,0.7.",
-                parameter,
-                context,
-            )
-        return temperatures
-
+from cluster.options import TemperatureType, batch_size_option, store_option, tracking_option
 
 _PLACE = click.Path(path_type=Path)
 _model_argument = click.argument("model")
@@ -41,7 +18,7 @@ _temperature_option = click.option(
     default="0.7",
     show_default=True,
     metavar="T|T,T,...",
-    type=_TemperatureType(),
+    type=TemperatureType(),
     help="Factor of the priors' standard deviations, or one per scale, coarsest first: lower is smoother "
     "and less varied.",
 )
@@ -97,7 +74,7 @@ def sample(**asked: Any) -> None:
     default="0",
     show_default=True,
     metavar="T|T,T,...",
-    type=_TemperatureType(),
+    type=TemperatureType(),
     help="Factor of the posteriors' standard deviations, or one per scale, coarsest first: at 0 their "
     "means are shown, at 1 draws.",
 )

@@ -77,12 +77,7 @@ def read_published(file: BinaryIO) -> dict[str, Any]:
 
     Raises PublishedCheckpointError if it cannot be read, needs more than these, or is something else.
     """
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            loaded = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:
-        # Any error at all: torch's reader meets damaged files with whatever goes wrong first.
-        raise PublishedCheckpointError(_why_unreadable(error)) from error
+    loaded = _unpickled(file, [argparse.Namespace])
     if not isinstance(loaded, dict):
         raise PublishedCheckpointError(f"holds a {type(loaded).__name__} instead of a training state")
     missing = [entry for entry in _ENTRIES if entry not in loaded]
@@ -94,12 +89,36 @@ def read_published(file: BinaryIO) -> dict[str, Any]:
         raise PublishedCheckpointError(
             f"its args are a {type(loaded['args']).__name__}, not an argparse.Namespace"
         )
-    state = loaded["state_dict"]
-    if not isinstance(state, dict) or not all(
-        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
-    ):
+    if not _is_state(loaded["state_dict"]):
         raise PublishedCheckpointError("its state_dict is no mapping of names to tensors")
     return loaded
+
+
+def read_weights(file: BinaryIO) -> dict[str, Tensor]:
+    """The tensors in an open file that somebody's `torch.save(model.state_dict(), ...)` wrote.
+
+    Raises PublishedCheckpointError if it cannot be read, or holds anything else.
+    """
+    loaded = _unpickled(file, [])
+    if not _is_state(loaded):
+        raise PublishedCheckpointError("holds no mapping of names to tensors")
+    return dict(loaded)
+
+
+def _unpickled(file: BinaryIO, allowed: list[type]) -> Any:
+    """What torch's restricted unpickler makes of a file: tensors, plain values, and what is allowed."""
+    try:
+        with torch.serialization.safe_globals(list(allowed)):
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:
+        # Any error at all: torch's reader meets damaged files with whatever goes wrong first.
+        raise PublishedCheckpointError(_why_unreadable(error)) from error
+
+
+def _is_state(value: object) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(name, str) and isinstance(each, Tensor) for name, each in value.items()
+    )
 
 
 def is_alias(name: str) -> bool:

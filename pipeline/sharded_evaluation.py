@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from contextlib import closing
 from typing import Any
 
-from pipeline import storage
+from pipeline import sharded_quality, storage
 from pipeline.data.index import VALIDATION, Index, load_index
 from pipeline.data.loader import check_fits, evaluation_batches
 from pipeline.data.verification import check_complete
@@ -25,14 +25,16 @@ from pipeline.training.worker import Worker
 
 PIECE_IMAGES = 64
 PROGRESS_SECONDS = 10.0
+_STOPPED = {"state": "stopped", "reason": "an evaluation keeps nothing; start it again"}
 
 
 def work(arguments: Mapping[str, Any], worker: Worker) -> dict[str, Any]:
     """What every worker executes, all alike.
 
     `arguments`: `model`, the folder of the weights, and the `manifest` that must be its; `data`, the
-    data set; `draws`, `limit` (or None), `batch_size`, images times draws at once; `seed`. Answers
-    with `state` "finished" and the figures, or "stopped". Raises EvaluationError if there is no image.
+    data set; `draws`, `limit` (or None), `batch_size`, images times draws at once; `seed`; `quality`, what
+    sharded_quality.measure is to be asked, or None. Answers with `state` "finished" and the figures, or
+    "stopped". Raises EvaluationError if there is no image.
     """
     loaded = load_directory(arguments["model"], None, arguments["manifest"])
     config = loaded.config
@@ -43,16 +45,20 @@ def work(arguments: Mapping[str, Any], worker: Worker) -> dict[str, Any]:
     check_complete(index, (VALIDATION,), cut_is_corrupt=config.data.on_corrupt == "skip")
     there, limit = index.num_samples(VALIDATION), arguments["limit"]
     count = there if limit is None else min(limit, there)
-    tally = _tallied(
-        LoadedModel(loaded.model, config, loaded.manifest, loaded.ref), index, count, arguments, worker
-    )
+    loaded = LoadedModel(loaded.model, config, loaded.manifest, loaded.ref)
+    tally = _tallied(loaded, index, count, arguments, worker)
     if tally is None:
-        return {"state": "stopped", "reason": "an evaluation keeps nothing; start it again"}
+        return dict(_STOPPED)
     if not tally.images:
         raise EvaluationError(
             f"{storage.shown(arguments['data'])}: the validation split has no readable image; build the data "
             "set with --validation-fraction, or check it with `nvae shards verify`."
         )
+    quality = (
+        sharded_quality.measure(loaded, index, arguments["quality"], worker) if arguments["quality"] else {}
+    )
+    if quality is None:
+        return dict(_STOPPED)
     draws = arguments["draws"]
     scores = tally.scores(draws)
     return {
@@ -63,6 +69,7 @@ def work(arguments: Mapping[str, Any], worker: Worker) -> dict[str, Any]:
         "draws": draws,
         "seed": arguments["seed"],
         "data_hash": index.content_hash,
+        **({"sample_quality": quality} if quality else {}),
     }
 
 

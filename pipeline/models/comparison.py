@@ -62,6 +62,7 @@ def compare(first: Version, second: Version) -> Comparison:
         (
             *(each for each in metrics if "/group_" not in each.name),
             *_evaluated(first, second),
+            *_sampled(first, second),
         ),
         tuple(each for each in metrics if each.name.startswith(_KL)),
     )
@@ -113,6 +114,17 @@ def _evaluated(first: Version, second: Version) -> Iterator[Difference]:
                 if "/group_" not in name:
                     told = name.replace("validation/", f"evaluation of {one.images:,}, K = {one.draws}/", 1)
                     yield Difference(told, one.metrics.get(name), other.metrics.get(name))
+
+
+def _sampled(first: Version, second: Version) -> Iterator[Difference]:
+    """FID, precision and recall that were measured of both under the same conditions."""
+    for one in first.sample_quality:
+        for other in second.sample_quality:
+            if (one.conditions, one.seed) == (other.conditions, other.seed):
+                temperature = ", ".join(f"{each:g}" for each in one.temperature)
+                of = f"{one.samples:,} samples at temperature {temperature}"
+                for name in ("fid", "precision", "recall"):
+                    yield Difference(f"{name} of {of}", getattr(one, name), getattr(other, name))
 
 
 def written(value: Any) -> str:

@@ -5,6 +5,7 @@ data                                   the data set: its name, its place, or the
 validation.NAME                        a metric of the end of the training, such as validation.bits_per_dim
 evaluation.NAME                        a metric of `nvae evaluate`; of several evaluations that with the most
                                        images, of those that with the most draws
+fid, precision, recall                 of the samples; of several measurements that of the most samples
 objective.spectral_coefficient, ...    every setting by its dotted path
 
 The names are those of the YAML, of MLflow's parameters and of `nvae config explain`. A metric's
@@ -105,12 +106,17 @@ _PLAIN: Mapping[str, tuple[Kind, Callable[[Version], Any]]] = {
 }
 
 
+def _quality(name: str) -> Callable[[Version], tuple[Any, ...]]:
+    return lambda version: tuple(getattr(each, name) for each in version.sample_quality[:1])
+
+
 def _plain(read: Callable[[Version], Any]) -> Callable[[Version], tuple[Any, ...]]:
     return lambda version: _present(read(version))
 
 
 _FIELDS: Mapping[str, Field] = {
     **{name: Field(name, kind, _plain(read)) for name, (kind, read) in _PLAIN.items()},
+    **{name: Field(name, "number", _quality(name)) for name in ("fid", "precision", "recall")},
     "alias": Field("alias", "text", lambda version: version.aliases),
     "data": Field("data", "text", _data, by_prefix=True),
 }

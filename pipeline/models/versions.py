@@ -17,6 +17,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from pipeline.models.evaluation_record import Evaluation, evaluations
+from pipeline.models.quality_record import SampleQuality, sample_qualities
 
 if TYPE_CHECKING:
     from pipeline.artifacts import Manifest
@@ -71,6 +72,8 @@ class Version:
     """SHA-256 of every file of the export, by its name."""
     evaluations: tuple[Evaluation, ...] = ()
     """What `nvae evaluate` recorded: most images first, then most draws."""
+    sample_quality: tuple[SampleQuality, ...] = ()
+    """FID, precision and recall that it recorded: of most samples first."""
 
     @property
     def ref(self) -> str:
@@ -161,6 +164,7 @@ def parse_version(
         settings=_Parsed(tags.get("settings", "")),
         files=_Parsed(tags.get("files", "")),
         evaluations=evaluations(tags),
+        sample_quality=sample_qualities(tags),
     )
 
 

@@ -1,4 +1,4 @@
-"""A checkpoint of the published implementation, from whomever, without opening it in this process.
+"""A checkpoint or weights in torch's format, from whomever, without opening the file in this process.
 
 It is opened in a process of its own (reading.py), which has no network, no other open file and none of our
 environment, so no password either, and which hands over weights as safetensors and arguments as
@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -55,34 +55,38 @@ class Received:
     """What the process that opened it was confined by, in the words of confinement.py."""
 
 
-def receive(path: Path) -> Received:
-    """What the checkpoint at `path` holds. Raises UntrustedError if it cannot be had."""
+def receive(path: Path, kind: Literal["checkpoint", "weights"] = "checkpoint", source: str = "") -> Received:
+    """What the file at `path` holds: a checkpoint of the published implementation, or weights alone.
+
+    Messages call it `source`, if it came from elsewhere. Raises UntrustedError if it cannot be had.
+    """
+    named = source or str(path)
     try:
         # Not blocking: a pipe of this name would keep us waiting.
         file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or error
-        raise UntrustedError(f"{path}: cannot be read: {why}. Check the name.") from error
+        raise UntrustedError(f"{named}: cannot be read: {why}. Check the name.") from error
     try:
         found = os.fstat(file)
         if not stat.S_ISREG(found.st_mode):
-            raise UntrustedError(f"{path}: is no file. Name the checkpoint itself.")
+            raise UntrustedError(f"{named}: is no file. Name the checkpoint itself.")
         if found.st_size > MOST_BYTES:
             raise UntrustedError(
-                f"{path}: has {found.st_size:,} bytes, more than any checkpoint of a published model."
+                f"{named}: has {found.st_size:,} bytes, more than any checkpoint of a published model."
             )
         private = PrivateFolder(PREFIX)
         try:
-            return _received(path, file, found.st_size, private.path)
+            return _received(named, file, found.st_size, private.path, kind)
         finally:
             private.leave(keep=False)
     except OSError as error:
-        raise UntrustedError(f"{path}: cannot be read: {error.strerror or error}.") from error
+        raise UntrustedError(f"{named}: cannot be read: {error.strerror or error}.") from error
     finally:
         os.close(file)
 
 
-def _received(path: Path, file: int, size: int, folder: Path) -> Received:
+def _received(named: str, file: int, size: int, folder: Path, kind: str) -> Received:
     weights, report = folder / "weights", folder / "report"
     with weights.open("xb") as weights_file, report.open("xb") as report_file:
         command = [
@@ -92,6 +96,7 @@ def _received(path: Path, file: int, size: int, folder: Path) -> Received:
             "pipeline.untrusted.reading",
             str(report_file.fileno()),
             str(size),
+            kind,
         ]
         process = subprocess.Popen(
             command,
@@ -105,8 +110,8 @@ def _received(path: Path, file: int, size: int, folder: Path) -> Received:
         )
         ended = _ended(process, _START_SECONDS + _SECONDS_PER_GIB * (size / 2**30))
     if report.stat().st_size > _REPORT_BYTES or not report.stat().st_size:
-        raise UntrustedError(f"{path}: {_how_it_ended(ended)} Nothing of it was used.")
-    return _believed(path, file, report.read_bytes(), weights)
+        raise UntrustedError(f"{named}: {_how_it_ended(ended)} Nothing of it was used.")
+    return _believed(named, file, report.read_bytes(), weights)
 
 
 def _environment(folder: Path) -> dict[str, str]:
@@ -143,23 +148,23 @@ def _how_it_ended(ended: int | None) -> str:
     return f"could not be opened: the process for it ended with status {ended}."
 
 
-def _believed(path: Path, file: int, report: bytes, weights: Path) -> Received:
+def _believed(named: str, file: int, report: bytes, weights: Path) -> Received:
     """The answer, of the types that it must have."""
     try:
         answer = json.loads(report)
         layers = tuple(str(each) for each in answer["layers"])
         if "refused" in answer:
-            raise UntrustedError(f"{path}: {_printable(answer['refused'])}.")
+            raise UntrustedError(f"{named}: {_printable(answer['refused'])}.")
         arguments = answer["arguments"]
         if not isinstance(arguments, dict):
             raise TypeError
-        tensors = tensors_from_bytes(weights.read_bytes(), str(path))
+        tensors = tensors_from_bytes(weights.read_bytes(), named)
         epoch, step = _count(answer["epoch"]), _count(answer["global_step"])
         return Received(arguments, tensors, epoch, step, _sha256(file), layers)
     except (ValueError, KeyError, TypeError, RecursionError, ArtifactError) as error:
         if isinstance(error, UntrustedError):
             raise
-        raise UntrustedError(f"{path}: the process that opened it did not say what it holds.") from error
+        raise UntrustedError(f"{named}: the process that opened it did not say what it holds.") from error
 
 
 def _sha256(file: int) -> str:

@@ -1,6 +1,7 @@
 """What a stranger's checkpoint holds, as plain tensors and plain values: the part that is confined.
 
-    python -m pipeline.untrusted.reading REPORT BYTES     checkpoint on stdin, weights to stdout
+    python -m pipeline.untrusted.reading REPORT BYTES checkpoint     on stdin, weights to stdout
+    python -m pipeline.untrusted.reading REPORT BYTES weights        a file of weights alone
 
 started by published.py alone. The weights leave as safetensors; what else there is to know, or why
 the file was refused, as JSON to the open file number REPORT. Optimizer and schedule are left behind.
@@ -27,7 +28,7 @@ import torch  # noqa: E402
 from safetensors.torch import save  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-from nvae.published import PublishedCheckpointError, is_alias, read_published  # noqa: E402
+from nvae.published import PublishedCheckpointError, is_alias, read_published, read_weights  # noqa: E402
 
 MOST_ENTRIES = 100_000
 MOST_ARGUMENTS = 1000
@@ -37,7 +38,7 @@ _PLAIN_TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64, tor
 
 def main() -> None:
     end_with_parent()
-    report_file, size = int(sys.argv[1]), int(sys.argv[2])
+    report_file, size, kind = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
     with os.fdopen(0, "rb") as file:
         _rehearse()
         # The file's storages, the weights and their copies in safetensors, and some for Python.
@@ -47,15 +48,15 @@ def main() -> None:
             written_bytes=size + (16 << 20),
         )
         layers = LAYERS + confine(limits)
-        report = _report(file, size, 1)
+        report = _report(file, size, 1, kind)
     _write(report_file, json.dumps(report | {"layers": layers}).encode())
     # Nothing of what may have been made is given the time to end.
     os._exit(0)
 
 
-def _report(file: BinaryIO, size: int, weights_file: int) -> dict[str, Any]:
+def _report(file: BinaryIO, size: int, weights_file: int, kind: str) -> dict[str, Any]:
     try:
-        answer, weights = read(file, size)
+        answer, weights = read(file, size, kind)
         _write(weights_file, weights)
     except PublishedCheckpointError as error:
         return {"refused": str(error)[:_LONGEST_TEXT]}
@@ -66,12 +67,15 @@ def _report(file: BinaryIO, size: int, weights_file: int) -> dict[str, Any]:
     return answer
 
 
-def read(file: BinaryIO, size: int) -> tuple[dict[str, Any], bytes]:
-    """Arguments and counts, and the weights as a safetensors file.
+def read(file: BinaryIO, size: int, kind: str = "checkpoint") -> tuple[dict[str, Any], bytes]:
+    """Arguments and counts, if it is a checkpoint, and the weights as a safetensors file.
 
     `size` is the file's. Raises PublishedCheckpointError, or whatever torch meets a damaged file with.
     """
     _check_archive(file, size)
+    if kind == "weights":
+        nothing: dict[str, Any] = {"arguments": {}, "epoch": None, "global_step": None}
+        return nothing, save(_plain_weights(read_weights(file), size))
     loaded = read_published(file)
     state, arguments = loaded["state_dict"], vars(loaded["args"])
     answer = {
@@ -178,7 +182,7 @@ def _rehearse() -> None:
     for state, modern in ((entries, True), (entries, False), (entries | {"epoch": argparse.Action}, True)):
         buffer = io.BytesIO()
         torch.save(state, buffer, _use_new_zipfile_serialization=modern)
-        json.dumps(_report(buffer, buffer.tell(), os.open(os.devnull, os.O_WRONLY)))
+        json.dumps(_report(buffer, buffer.tell(), os.open(os.devnull, os.O_WRONLY), "checkpoint"))
 
 
 def _write(file: int, data: bytes) -> None:
