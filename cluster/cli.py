@@ -12,6 +12,7 @@ Exit codes: 0 done, 1 a failed run or a bug, 2 bad input, 3 training diverged fo
 import logging
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import click
@@ -21,6 +22,7 @@ from cluster.options import (
     json_option,
     overrides_argument,
     show,
+    show_json,
     store_option,
     tracking_option,
     workers_option,
@@ -190,16 +192,34 @@ def tune(dry_run: bool, **asked: Any) -> int:
 
 
 @cli.command()
-@click.argument("search")
+@click.argument("name")
+@click.option("--output", type=click.Path(path_type=Path), help="Copy the page to this file, too.")
+@click.option("--run", "is_run", is_flag=True, help="NAME is a run, although a search has the same name.")
 @json_option
 @store_option
-def report(search: str, as_json: bool, store: str | None) -> None:
-    """Write the report of SEARCH as it is now, and show its trials, the best first."""
-    from cluster import search_lookup
+@tracking_option
+def report(
+    name: str,
+    output: Path | None,
+    is_run: bool,
+    as_json: bool,
+    store: str | None,
+    tracking: str | None,
+) -> None:
+    """Write the report of NAME as it is now: one page of HTML that needs no other file.
 
-    rows, columns, url = search_lookup.report(search, store, facts=as_json)
-    show(rows, columns, as_json)
-    click.echo(f"Report: {url}", err=as_json)
+    NAME is a run, a search (whose trials are shown here, too, the best first), or a model
+    models:/NAME@ALIAS, of which the run that trained it is reported. Every training writes the page at
+    its end, and logs it to MLflow.
+    """
+    from cluster import reporting
+
+    written = reporting.report(name, output, store, tracking, is_run=is_run, facts=as_json)
+    if written.rows is not None:
+        show(written.rows, written.columns, as_json)
+    elif as_json:
+        show_json({"report": written.url, "output": written.output})
+    click.echo(f"Report: {written.output or written.url}", err=as_json)
 
 
 @cli.command()

@@ -14,6 +14,7 @@ from cluster import evaluating
 from cluster.models import tracking_uri
 from pipeline import storage
 from pipeline import store as stores
+from pipeline.code_version import code_version
 from pipeline.data.index import VALIDATION, Index, load_index
 from pipeline.errors import FailedError, InputError
 from pipeline.models.evaluation_record import evaluation_tag
@@ -33,7 +34,6 @@ from pipeline.models.promotion_history import (
 from pipeline.models.registry import Registry
 from pipeline.models.versions import Version
 from pipeline.progress import say
-from pipeline.run import code_version
 from pipeline.width import Workers
 
 ROUNDS = 20

@@ -21,6 +21,7 @@ from pipeline.config import RunConfig
 from pipeline.preparation import Prepared, prepare, widths_of
 from pipeline.progress import say
 from pipeline.run_folder import RunError
+from pipeline.run_report.page import report_url
 from pipeline.search import ledger
 from pipeline.training.checkpoint import images_saved
 from pipeline.training.watchdog import Limits, watched
@@ -230,6 +231,7 @@ def farewell(plan: Plan, spec: run.RunSpec, end: Mapping[str, Any]) -> str:
         **{Path(picture).name.partition("-")[0]: picture for picture in result["pictures"]},
         "weights": result["export"],
         "checkpoints": storage.join(spec.url, "checkpoints"),
+        "report": report_url(spec.url),
         "curves": f"{storage.shown(spec.tracking_uri)}, run {result['mlflow_run_id']}",
     }
     flags, nvae, mlflow = _flags(plan), _command("nvae"), _command("mlflow")

@@ -13,6 +13,7 @@ resumes. Matrices of one shape are stacked and iterated together: 986 convolutio
 256x256 model have 60 shapes, more or less.
 """
 
+import math
 from collections import defaultdict
 from typing import Any
 
@@ -63,6 +64,21 @@ class SpectralRegularization(nn.Module):
                 v.copy_(new_v)
         self.warm.fill_(True)
         return penalty
+
+    @torch.no_grad()
+    def largest(self) -> float:
+        """The largest singular value of any convolution, by the vectors of the last penalty.
+
+        NaN before the first penalty. Waits for the device.
+        """
+        if not self._is_warm():
+            return math.nan
+        values = []
+        for (rows, columns), layers in self.layers.items():
+            weights = torch.stack([layer.effective_weight().flatten(1) for layer in layers]).float()
+            u, v = self.get_buffer(f"u_{rows}x{columns}"), self.get_buffer(f"v_{rows}x{columns}")
+            values.append(singular_values(weights, u, v).max())
+        return float(torch.stack(values).max())
 
     def _is_warm(self) -> bool:
         """Reads the buffer until it is set, and then no more: reading waits for the device."""

@@ -26,6 +26,7 @@ from nvae.config import NVAEConfig
 from nvae.model import NVAE
 from nvae.published import PublishedCheckpointError, build_published
 from pipeline import config_file, progress, storage
+from pipeline.code_version import code_version
 from pipeline.config import RunConfig
 from pipeline.data.index import VALIDATION, Index, load_index
 from pipeline.data.loader import Batch, check_fits, evaluation_batches
@@ -39,7 +40,7 @@ from pipeline.models.lineage import Lineage
 from pipeline.models.names import check_name
 from pipeline.models.registry import Registration, Registry
 from pipeline.published_settings import global_batch_size, run_config
-from pipeline.run import EXPERIMENT, code_version
+from pipeline.run import EXPERIMENT
 from pipeline.training.private_folder import PrivateFolder
 from pipeline.training.run_description import described
 from pipeline.training.worker import LocalWorker

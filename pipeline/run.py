@@ -7,19 +7,16 @@ makes no difference to either: what lies in the store decides where the run goes
 repeating the command is always the right thing to do.
 """
 
-import shutil
-import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 from nvae.model import NVAE
 from pipeline import config_file, run_folder, storage
 from pipeline.artifacts import MANIFEST
+from pipeline.code_version import code_version
 from pipeline.config import RunConfig
 from pipeline.data.index import load_index
 from pipeline.models.export import export, load_directory, write_weights
@@ -29,6 +26,7 @@ from pipeline.models.registry import Registry, load
 from pipeline.preparation import Prepared, registered_name
 from pipeline.registration import NotRegisteredError, Patience
 from pipeline.run_folder import RunError, RunRecord
+from pipeline.run_report.writing import report_on
 from pipeline.training.checkpoint import Checkpoint, Wanted, newest
 from pipeline.training.checkpoint_writer import CheckpointWriter, claim_attempt
 from pipeline.training.recovery import DivergedError, agreed
@@ -139,19 +137,6 @@ def _tags(prepared: Prepared) -> dict[str, str]:
     }
 
 
-def code_version() -> str:
-    """The release, and the commit where the code is a git working tree of its own."""
-    release = metadata.version("nvae-cluster")
-    root = Path(__file__).parents[1]
-    git = shutil.which("git")
-    # Without a .git right here, git would describe whatever repository the installation lies in.
-    if git is None or not (root / ".git").exists():
-        return release
-    command = [git, "-C", str(root), "describe", "--always", "--dirty"]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
-    return f"{release}+{found.stdout.strip()}" if found.returncode == 0 else release
-
-
 @contextmanager
 def recorded(
     update: Callable[..., Any], url: str, tracking_uri: str, mlflow_run_id: str
@@ -219,14 +204,22 @@ def work(arguments: Mapping[str, Any], worker: Worker) -> dict[str, Any]:
             resume = agreed(partial(newest, spec.url), spec.url, worker)
             if checkpoints is not None and resume is not None:
                 checkpoints.continue_from(resume)
-            return _work(training, spec, resume)
-        except BaseException:
+            outcome = _work(training, spec, resume)
+            if worker.rank == 0:
+                report_on(tracker, spec.url, outcome)
+            tracker.status(status_of(outcome["state"]))
+            return outcome
+        except BaseException as error:
+            # A store that does not answer would hold up the bad news.
+            reportable = isinstance(error, Exception) and not isinstance(error, storage.StoreError)
+            if reportable and worker.rank == 0:
+                report_on(tracker, spec.url, {"state": "failed", "reason": str(error)})
             tracker.status("FAILED")
             raise
 
 
 def _work(training: Training, spec: RunSpec, resume: Checkpoint | None) -> dict[str, Any]:
-    worker, tracker = training.worker, training.tracker
+    worker = training.worker
     if resume is not None:
         worker.say(f"Continuing at {resume.images_seen:,} images from {resume.url}")
     state, reason, good = "finished", "", None
@@ -235,16 +228,13 @@ def _work(training: Training, spec: RunSpec, resume: Checkpoint | None) -> dict[
     else:
         worker.say(f"Nothing is left to train: train.total_images is {training.config.train.total_images:,}.")
     if state == "stopped":
-        tracker.status("KILLED")
         return {"state": state, "reason": reason}
     try:
         result = _finish(training, spec, good)
     except StoppedError:
-        tracker.status("KILLED")
         return {"state": "stopped", "reason": ""}
     if result.get("model", "") is None:
         reason = f"{reason}\n{result['verdict']}".lstrip()
-    tracker.status("FINISHED" if state == "finished" else "FAILED")
     return {"state": state, "reason": reason, "result": result}
 
 

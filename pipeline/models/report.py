@@ -95,10 +95,11 @@ _WIDTH_OF_SMALL = 320
 """Pixels on the page, which small pictures are brought near to."""
 
 
-def picture(png: bytes, alt: str, caption: object) -> Markup:
-    """A PNG inside of the page; a small one is shown larger, pixel by pixel."""
-    source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
-    width = int.from_bytes(png[16:20])  # of the header that every PNG begins with
+def picture(data: bytes, alt: str, caption: object) -> Markup:
+    """A PNG or JPEG inside of the page; a small PNG is shown larger, pixel by pixel."""
+    png = data.startswith(b"\x89PNG")
+    source = f"data:image/{'png' if png else 'jpeg'};base64,{base64.b64encode(data).decode()}"
+    width = int.from_bytes(data[16:20]) if png else 0  # of the header that every PNG begins with
     times = _WIDTH_OF_SMALL // width if width else 0
     larger = f' width="{times * width}" class="pixels"' if times > 1 else ""
     image = Markup(f'<img src="{source}" alt="{html.escape(alt)}"{larger}>')
@@ -154,6 +155,7 @@ figure{margin:1rem 0}
 .beside{display:flex;flex-wrap:wrap;gap:0 2rem}
 figure svg,figure img{display:block;max-width:100%;height:auto}
 figure img{border-radius:4px}
+.chart{margin:.6rem 0}
 .pixels{image-rendering:pixelated}
 figure svg text{font-family:system-ui,"Segoe UI",Roboto,Arial,sans-serif!important}
 figcaption{max-width:46rem;margin-top:.3rem}

@@ -40,6 +40,7 @@ NAMES = MappingProxyType(
         "train/active_channels/group_00": "the same of one group",
         "train/loss": "what was minimized: with KL coefficients, balancing and penalties; mean over updates",
         "train/spectral_penalty": "largest singular values added up, without coefficient; mean over updates",
+        "train/largest_singular_value": "of any convolution, after the last update; not without the penalty",
         "train/batch_norm_penalty": "largest scales added up, without coefficient; mean over updates",
         "train/gradient_norm": "L2 norm of the gradient before clipping; mean over updates",
         "train/skipped_updates": "updates that were not made: not finite, or a spike",

@@ -200,6 +200,9 @@ def log(training: Training, state: TrainState, metrics: Metrics) -> None:
     """Note and show the numbers since the log line before."""
     config = training.config
     numbers = metrics.reduce() | state.highest_scores()
+    largest = state.model.spectral.largest()
+    if not math.isnan(largest):
+        numbers["train/largest_singular_value"] = largest
     if training.checkpoints is not None:
         numbers |= training.checkpoints.metrics(state.images_seen)
     training.tracker.log(numbers, at=state.images_seen)

@@ -1,6 +1,7 @@
 """Power iteration against the SVD, and its memory."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -55,6 +56,20 @@ def test_the_penalty_and_its_gradient_are_those_of_the_singular_values():
     ours = torch.autograd.grad(penalty, parameters)
     for mine, exact in zip(ours, torch.autograd.grad(layers.exact(), parameters), strict=True):
         assert_close(mine, exact, rtol=1e-3, atol=1e-4)
+
+
+def test_the_largest_of_all_layers_is_known_after_a_penalty_and_does_not_move_the_vectors():
+    layers = Layers()
+    assert math.isnan(layers.spectral.largest())
+    for _ in range(30):
+        layers.spectral()
+    before = copy.deepcopy(dict(layers.spectral.named_buffers()))
+    exact = max(
+        float(torch.linalg.svdvals(convolution.effective_weight().detach().flatten(1))[0])
+        for convolution in (layers.first, layers.depthwise, layers.second)
+    )
+    assert layers.spectral.largest() == pytest.approx(exact, rel=1e-4)
+    assert all(torch.equal(value, before[name]) for name, value in layers.spectral.named_buffers())
 
 
 def test_the_first_penalty_is_close_and_later_ones_go_on_from_there():
