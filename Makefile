@@ -12,7 +12,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export MLFLOW_DISABLE_TELEMETRY := true
 
 .DEFAULT_GOAL := help
-.PHONY: help train test lint campaign faults faults-data faults-search faults-import faults-promotion bench-data bench-formats bench-overhead bench-divergence bench-search bench-registry clean
+.PHONY: help train test lint campaign faults faults-data faults-search faults-import faults-registry faults-promotion bench-data bench-formats bench-overhead bench-divergence bench-search bench-registry clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-17s%s\n", $$1, $$2}' Makefile
@@ -38,9 +38,10 @@ campaign: .venv/installed .venv-s3/installed  ## everything that takes hours: th
 	$(MAKE) faults-data || failed="$$failed, make faults-data"; \
 	$(MAKE) faults-search || failed="$$failed, make faults-search"; \
 	$(MAKE) faults-import || failed="$$failed, make faults-import"; \
+	$(MAKE) faults-registry || failed="$$failed, make faults-registry"; \
 	$(MAKE) faults-promotion || failed="$$failed, make faults-promotion"; \
 	if [ -n "$$failed" ]; then echo "FAILED: $${failed#, }"; exit 1; fi; \
-	echo "All passed: pytest -m campaign, make faults, make faults-data, make faults-search, make faults-import, make faults-promotion"
+	echo "All passed: pytest -m campaign, make faults, make faults-data, make faults-search, make faults-import, make faults-registry, make faults-promotion"
 
 faults: .venv/installed .venv-s3/installed  ## faults of a training, real processes killed: tried, survived, images lost
 	$(BIN)/python -m tests.faults.training $(if $(ONLY),--only $(ONLY)) $(if $(SEED),--seed $(SEED))
@@ -53,6 +54,9 @@ faults-search: .venv/installed  ## searches whose driver is killed: trials lost,
 
 faults-import: .venv/installed  ## hostile and damaged checkpoints through nvae import: tried, refused
 	$(BIN)/python -m tests.faults.importing $(if $(ONLY),--only $(ONLY)) $(if $(SEED),--seed $(SEED))
+
+faults-registry: .venv/installed  ## hostile names, tags, places and versions through the registry's commands: tried, refused
+	$(BIN)/python -m tests.faults.registry $(if $(ONLY),--only $(ONLY))
 
 faults-promotion: .venv/installed  ## a hundred promotions at once, killed amid; entries lost, doubled; the wrong champion
 	$(BIN)/python -m tests.faults.promotion $(if $(ONLY),--only $(ONLY)) $(if $(SEED),--seed $(SEED))

@@ -29,7 +29,7 @@ from cluster.options import (
 )
 from cluster.track import track
 from nvae.config import NVAEConfigError
-from pipeline.errors import FailedError, InputError
+from pipeline.errors import FailedError, InputError, printable
 
 # MLflow reads these when it is imported.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -62,7 +62,7 @@ def main() -> None:
         sys.exit(1 if declined else 130)
     except (InputError, NVAEConfigError, FailedError) as error:
         logger.info("raised here:", exc_info=True)
-        click.echo(f"Error: {error}", err=True)
+        click.echo(printable(f"Error: {error}"), err=True)
         sys.exit(1 if isinstance(error, FailedError) else 2)
     except ModuleNotFoundError as error:
         library = (error.name or "").partition(".")[0]

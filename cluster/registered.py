@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from cluster.options import json_option, show, show_facts, show_json, store_option, tracking_option
+from pipeline.errors import printable
 
 _limit_option = click.option(
     "--limit", default=50, show_default=True, type=click.IntRange(0), help="Rows to show; 0 for all."
@@ -103,7 +104,7 @@ def show_version(
 
     if card:
         text = models.card(model, store, tracking)
-        show_json({"card": text}) if as_json else click.echo(text, nl=False)
+        show_json({"card": text}) if as_json else click.echo(printable(text), nl=False)
         return
     facts = models.describe(model, store, tracking)
     if not as_json and not with_settings:
@@ -137,7 +138,7 @@ def compare(
         show_json({"warnings": warnings, "rows": rows})
         return
     for warning in warnings:
-        click.echo(f"Warning: {warning}", err=True)
+        click.echo(printable(f"Warning: {warning}"), err=True)
     columns = {"part": "PART", "name": "NAME", "first": first, "second": second, "change": "CHANGE"}
     show(rows, columns, as_json=False)
 
@@ -152,7 +153,7 @@ def lineage(model: str, as_json: bool, store: str | None, tracking: str | None) 
     from cluster import models
 
     facts, lines = models.lineage(model, store, tracking)
-    show_json(facts) if as_json else click.echo("\n".join(lines))
+    show_json(facts) if as_json else click.echo(printable("\n".join(lines)))
 
 
 @registry.command()

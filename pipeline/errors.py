@@ -1,4 +1,4 @@
-"""The two families of exceptions that end a command in one message instead of a traceback."""
+"""The two families of exceptions that end a command in one message, and what is safe to print."""
 
 
 class InputError(ValueError):
@@ -14,3 +14,9 @@ class FailedError(RuntimeError):
 
     The command line prints the message alone and exits with 1.
     """
+
+
+def printable(text: str) -> str:
+    """`text` without what a terminal would obey: names, tags and reasons may come from anybody."""
+    mark = "\N{REPLACEMENT CHARACTER}"
+    return "".join(each if each.isprintable() or each in "\n\t" else mark for each in text)

@@ -20,6 +20,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from pipeline.errors import printable
+
 Item = TypeVar("Item")
 
 _PLAIN_SECONDS = 10.0
@@ -120,7 +122,7 @@ def table(rows: Iterable[Mapping[str, object]], columns: Mapping[str, str]) -> N
     cells = [[_cell(row.get(key)) for key in columns] for row in rows]
     if not console.is_terminal:
         for line in [list(columns.values()), *cells]:
-            print("\t".join(line))
+            print("\t".join(" ".join(cell.split("\n")).replace("\t", " ") for cell in line))
         return
     console.print(_grid(rows, columns, cells), markup=False)
 
@@ -231,7 +233,7 @@ def _cell(value: object) -> str:
         return ", ".join(map(_cell, value)) or "-"
     if value is None:
         return "-"
-    return _digits(value) if isinstance(value, float) else str(value)
+    return _digits(value) if isinstance(value, float) else printable(str(value))
 
 
 def _digits(value: float) -> str:

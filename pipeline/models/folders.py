@@ -44,10 +44,12 @@ def new_folder(url: str) -> Iterator[str]:
 def check_free(url: str) -> None:
     """Raises TakenError if `url` is no folder that is new or empty."""
     place = storage.normalize(url)
-    if not storage.is_local(place):
-        taken = storage.exists(place)
-    else:
-        folder = Path(place)
-        taken = folder.is_symlink() or (folder.exists() and (not folder.is_dir() or any(folder.iterdir())))
-    if taken:
+    if _is_taken(Path(place)) if storage.is_local(place) else storage.exists(place):
         raise TakenError(f"{storage.shown(url)}: is there already. Name a folder that is new or empty.")
+
+
+def _is_taken(folder: Path) -> bool:
+    try:
+        return folder.is_symlink() or (folder.exists() and (not folder.is_dir() or any(folder.iterdir())))
+    except OSError as error:
+        raise TakenError(f"{folder}: cannot be used ({error.strerror}). Name another place.") from error

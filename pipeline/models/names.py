@@ -14,6 +14,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 """A registered model's name."""
 _REFERENCE = re.compile(r"models:/(?P<name>[^/@:]+)(?:@(?P<alias>[A-Za-z0-9_.-]+)|/(?P<version>[0-9]{1,9}))")
 _SHOWN = 20
+_LONGEST_SHOWN = 200
 
 
 class RegistryError(InputError):
@@ -41,7 +42,7 @@ def check_name(name: str) -> str:
     """`name`, if it can name a registered model and a folder; raises RegistryError."""
     if not NAME.fullmatch(name):
         raise RegistryError(
-            f"{name!r} cannot be the name of a model; use up to 100 letters, digits, '.', '_' and '-', "
+            f"{quoted(name)} cannot be the name of a model; use up to 100 letters, digits, '.', '_' and '-', "
             "beginning with a letter or digit."
         )
     return name
@@ -51,9 +52,16 @@ def parse_reference(ref: str) -> Reference:
     """What `ref` says; raises RegistryError if it is no reference to a registered model."""
     match = _REFERENCE.fullmatch(ref)
     if match is None:
-        raise RegistryError(f"{ref!r} names no model; write models:/NAME@ALIAS or models:/NAME/VERSION.")
+        raise RegistryError(
+            f"{quoted(ref)} names no model; write models:/NAME@ALIAS or models:/NAME/VERSION."
+        )
     version = match["version"]
     return Reference(check_name(match["name"]), match["alias"], version and str(int(version)))
+
+
+def quoted(name: str) -> str:
+    """A name that somebody gave, for a message; only the beginning of one that is endless."""
+    return repr(name if len(name) <= _LONGEST_SHOWN else name[:_LONGEST_SHOWN] + "…")
 
 
 def no_model(name: str, place: str, names: Collection[str]) -> RegistryError:
@@ -61,14 +69,16 @@ def no_model(name: str, place: str, names: Collection[str]) -> RegistryError:
     known = ", ".join(sorted(names)[:_SHOWN]) or "none"
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return RegistryError(
-        f"There is no registered model {name!r} in {place}. Models there: {known}{more}."
+        f"There is no registered model {quoted(name)} in {place}. Models there: {known}{more}."
         f"{_suggestion(name, names)}"
     )
 
 
 def no_alias(name: str, alias: str, aliases: Collection[str]) -> RegistryError:
     known = ", ".join(sorted(aliases)) or "none"
-    return RegistryError(f"{name} has no alias {alias!r}; its aliases: {known}.{_suggestion(alias, aliases)}")
+    return RegistryError(
+        f"{name} has no alias {quoted(alias)}; its aliases: {known}.{_suggestion(alias, aliases)}"
+    )
 
 
 def no_version(name: str, number: str, newest: Collection[str]) -> RegistryError:

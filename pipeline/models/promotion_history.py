@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from pipeline.models.names import RegistryError
+from pipeline.models.names import RegistryError, quoted
 from pipeline.models.registry import BEST
 
 PROMOTION, ROLLBACK = "promotion", "rollback"
@@ -103,8 +103,8 @@ def check_alias(alias: str) -> str:
         )
     if not _ALIAS.fullmatch(alias) or alias.lower() == "latest" or re.fullmatch(r"[vV]?[0-9]+", alias):
         raise RegistryError(
-            f"{alias!r} cannot be an alias; use up to 100 letters, digits, '.', '_' and '-', beginning with "
-            "a letter or digit, and neither `latest` nor a version's number."
+            f"{quoted(alias)} cannot be an alias; use up to 100 letters, digits, '.', '_' and '-', beginning "
+            "with a letter or digit, and neither `latest` nor a version's number."
         )
     return alias
 

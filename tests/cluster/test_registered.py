@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from mlflow import MlflowClient
 
 from pipeline import registry
 from pipeline.models.fields import FieldError
@@ -176,3 +177,30 @@ def test_a_mistake_is_one_message_that_says_what_to_do(place, capsys, arguments,
     assert "Traceback" not in ended.err
     assert ended.out == ""
     assert not Path("somewhere").exists()
+
+
+def test_tags_that_anybody_may_edit_never_reach_a_terminal_as_commands(place, capsys):
+    client = MlflowClient(place.tracking)
+    before = client.get_model_version("nvae-looked-up", "1").tags["data.root"]
+    client.set_model_version_tag("nvae-looked-up", "1", "data.root", "\x1b]0;owned\x07\x1b[2J\nnext\tone")
+    try:
+        for arguments in (
+            ["list", "--refresh"],
+            ["show", FIRST],
+            ["lineage", FIRST],
+            ["compare", FIRST, CHILD],
+        ):
+            shown = nvae(capsys, "registry", *arguments)
+            assert shown.code == 0
+            assert "\x1b" not in shown.out + shown.err
+            assert "owned" in shown.out
+        rows = nvae(capsys, "registry", "list").out.splitlines()
+        assert len({row.count("\t") for row in rows}) == 1
+    finally:
+        client.set_model_version_tag("nvae-looked-up", "1", "data.root", before)
+
+
+def test_a_place_whose_name_no_disk_can_hold_is_refused(place, capsys):
+    for arguments in (["registry", "download", FIRST], ["export", FIRST]):
+        shown = nvae(capsys, *arguments, "x" * 300)
+        assert (shown.code, "File name too long" in shown.err) == (2, True)
