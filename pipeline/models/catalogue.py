@@ -146,7 +146,8 @@ class Catalogue:
             return self._search(f"name = '{model}' and {between}", _LARGEST_PAGE, "version_number ASC")
 
         _ = self._mlflow
-        with ThreadPoolExecutor(_READING) as pool:
+        # SQLite is read within this process, where threads only get into each other's way.
+        with ThreadPoolExecutor(1 if self._uri.startswith("sqlite:") else _READING) as pool:
             tops = dict(zip(models, pool.map(newest, models), strict=True))
             places = [(model, after) for model, top in tops.items() for after in range(0, top, _LARGEST_PAGE)]
             for rows in pool.map(stretch, places):
