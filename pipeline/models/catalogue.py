@@ -20,6 +20,7 @@ Where MLflow is a SQLite file that has not changed since, nothing is asked, and 
 
 import json
 import os
+import re
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -40,7 +41,11 @@ _FIRST_PAGE, _LARGEST_PAGE = 100, 1000
 _READING = 4
 """Pages that are asked for at a time: `mlflow server` has four workers."""
 _ASKING = 8
-"""Versions that are confirmed at a time."""
+"""Requests at a time that confirm versions."""
+_RUNS = 50
+"""Whose versions are confirmed by one request."""
+_RUN = re.compile(r"[0-9A-Za-z]{1,64}")
+"""An MLflow run's id, fit for a search."""
 _MANY = 500
 """Of more versions than this, all are read anew instead."""
 
@@ -175,6 +180,31 @@ class Catalogue:
 
     def _asked(self, versions: Sequence[Version], mark: str) -> dict[tuple[str, int], Version]:
         """Those of the versions that are still there, as they are; the others are forgotten."""
+        aliases = self._aliases()
+        rows = {(row.model, row.version): row for row in self._rows_now(versions)}
+        self._cache.forget([key for key in map(_key, versions) if key not in rows])
+        there = [rows[key] for key in map(_key, versions) if key in rows and is_ours(rows[key].tags)]
+        self._cache.remember(there, {}, confirmed=mark)
+        return {(row.model, row.version): _version(row, aliases.get(row.model, {})) for row in there}
+
+    def _rows_now(self, versions: Sequence[Version]) -> list[Row]:
+        """These versions, and maybe others, as MLflow has them; without those that are gone.
+
+        Fifty runs' versions are one request, where each of them would be one. A run that has very many, and
+        a version without a run, are asked for in the other way.
+        """
+        with_run = [version for version in versions if _RUN.fullmatch(version.run_id)]
+        chunks = [with_run[start : start + _RUNS] for start in range(0, len(with_run), _RUNS)]
+
+        def of_runs(chunk: Sequence[Version]) -> list[Row]:
+            runs = ", ".join(f"'{run}'" for run in sorted({version.run_id for version in chunk}))
+            page: Any = self._mlflow.ask(
+                lambda mlflow: mlflow.search_model_versions(f"run_id IN ({runs})", max_results=_FIRST_PAGE)
+            )
+            return list(map(_row, page)) if not page.token else one_by_one(chunk)
+
+        def one_by_one(some: Sequence[Version]) -> list[Row]:
+            return [_row(answer) for answer in map(ask, some) if answer is not None]
 
         def ask(version: Version) -> Any:
             return self._mlflow.unless_missing(
@@ -183,15 +213,9 @@ class Catalogue:
 
         _ = self._mlflow
         with ThreadPoolExecutor(_ASKING) as pool:
-            answers = list(pool.map(ask, versions))
-        there = [answer for answer in answers if answer is not None and is_ours(answer.tags)]
-        gone = [_key(version) for version, answer in zip(versions, answers, strict=True) if answer is None]
-        self._cache.forget(gone)
-        self._cache.remember((_row(answer) for answer in there), {}, confirmed=mark)
-        fresh = (
-            _version(_row(answer), dict.fromkeys(answer.aliases, str(answer.version))) for answer in there
-        )
-        return {_key(version): version for version in fresh}
+            alone = [version for version in versions if not _RUN.fullmatch(version.run_id)]
+            found = [*pool.map(of_runs, chunks), *pool.map(one_by_one, [[each] for each in alone])]
+        return [row for rows in found for row in rows]
 
 
 def _key(version: Version) -> tuple[str, int]:

@@ -135,6 +135,12 @@ def parse_version(
 ) -> Version:
     """A version from its tags, which must be ours, and from the model's aliases -> versions."""
     world_size = tags.get("run.world_size", "")[:9]
+    # Ten thousand versions are parsed for each lookup: their tags are looked through once.
+    parts: dict[str, dict[str, str]] = {"validation": {}, "evaluation": {}, "sample_quality": {}}
+    for tag, text in tags.items():
+        kind, slash, _ = tag.partition("/")
+        if slash and kind in parts:
+            parts[kind][tag] = text
     return Version(
         name=name,
         version=version,
@@ -153,7 +159,7 @@ def parse_version(
         run_ended="diverged" if tags.get("run.diverged") == "true" else "finished",
         metrics=_Parsed(
             tags.get(_GROUPS, ""),
-            {name: _number(text) for name, text in tags.items() if name.startswith(_METRIC_PREFIX)},
+            {name: _number(text) for name, text in parts["validation"].items()},
             prefix=_METRIC_PREFIX,
         ),
         data_licence=tags.get("data.licence", ""),
@@ -163,8 +169,8 @@ def parse_version(
         journal=tags.get("run.journal", ""),
         settings=_Parsed(tags.get("settings", "")),
         files=_Parsed(tags.get("files", "")),
-        evaluations=evaluations(tags),
-        sample_quality=sample_qualities(tags),
+        evaluations=evaluations(parts["evaluation"]),
+        sample_quality=sample_qualities(parts["sample_quality"]),
     )
 
 

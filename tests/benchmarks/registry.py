@@ -161,7 +161,8 @@ def _copy_rows(database: str, versions: int) -> None:
             key = {"name": f"nvae-many-{count % MODELS}", "version": 2 + count // MODELS}
             # A few every hour, as if they had been trained over years.
             then = first["creation_time"] - 1_000_000 * (versions - count)
-            new_versions.append(first | key | {"creation_time": then, "last_updated_time": then})
+            run = {"run_id": f"{count:032x}", "creation_time": then, "last_updated_time": then}
+            new_versions.append(first | key | run)
             new_tags += [tag | key | {"value": _changed(tag, count, chance)} for tag in tags]
         for start in range(0, len(new_versions), 1000):
             insert("model_versions", new_versions[start : start + 1000])
