@@ -13,6 +13,7 @@ PARTS = {
     "make faults-data": "-m tests.faults.data",
     "make faults-search": "-m tests.faults.search",
     "make faults-import": "-m tests.faults.importing",
+    "make faults-registry": "-m tests.faults.registry",
     "make faults-promotion": "-m tests.faults.promotion",
 }
 
