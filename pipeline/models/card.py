@@ -97,7 +97,8 @@ def _metrics(config: RunConfig, metrics: Mapping[str, float]) -> Iterator[str]:
     yield from ("", "| metric | value |", "|---|---|")
     for metric, title in _SHOWN.items():
         if metric in metrics:
-            yield f"| {title} | {_figure(metrics[metric])} |"
+            counted = metric.endswith("active_channels")
+            yield f"| {title} | {f'{metrics[metric]:,.0f}' if counted else _figure(metrics[metric])} |"
     yield from ("", comparable(config.model, draws))
 
 

@@ -252,7 +252,7 @@ class _Parser:
         # A long query is shown around the place.
         start = max(0, token.at - 60)
         shown = re.sub(r"\s", " ", self._text[start : token.at + 60])
-        raise QueryError(f"{why}:\n  {shown}\n  {' ' * (token.at - start)}^")
+        raise QueryError(f"{why}\n  {shown}\n  {' ' * (token.at - start)}^")
 
 
 def _literal(token: _Token) -> Any:

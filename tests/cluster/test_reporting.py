@@ -12,6 +12,7 @@ from pipeline import run_folder
 from pipeline.run_report.writing import report_on
 from pipeline.search import ledger as ledgers
 from pipeline.search.ledger import SearchRecord
+from pipeline.training.journal import Entry, encode
 from pipeline.training.tracking import NullTracker
 from pipeline.training.worker import LocalWorker
 from tests.tiny_run import Home, nvae
@@ -139,3 +140,21 @@ def test_names_and_reasons_from_outside_are_text(home: Home, trained: str, capsy
     page = Path(trained, "files", "report.html").read_text()
     assert "<img src=x" not in page
     assert "secret" not in page
+
+
+def test_what_was_done_against_divergence_is_marked_and_told(home: Home, capsys: Capture) -> None:
+    home.train("rough")
+    journal = Path(home.run_url("rough"), "journal", "009-00000.jsonl")
+    lines = []
+    for at, skips, back, words in ((20, 1, 0, "left out"), (28, 2, 1, "<b>weights</b> came back")):
+        values = {"stability/skip": float(skips), "stability/roll_back": float(back)}
+        lines.append(Entry("metrics", 10**12 + at, {"at": at, "values": values}))
+        lines.append(Entry("tag", 10**12 + at, {"key": "stability.last", "value": words}))
+    journal.write_bytes(b"".join(map(encode, lines)))
+    assert nvae(capsys, "report", "rough").code == 0
+    page = Path(home.run_url("rough"), "files", "report.html").read_text()
+    words = Page(page).words
+    assert "2 updates left out, 1 rollback" in words
+    assert "what was done, and why" in words
+    assert "&lt;b&gt;weights&lt;/b&gt; came back</title>" in page
+    assert "<b>" not in page
