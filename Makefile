@@ -12,7 +12,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export MLFLOW_DISABLE_TELEMETRY := true
 
 .DEFAULT_GOAL := help
-.PHONY: help train test lint campaign faults faults-data faults-search faults-import faults-registry faults-promotion bench-data bench-formats bench-overhead bench-divergence bench-search bench-registry clean
+.PHONY: help train test lint campaign faults faults-data faults-search faults-import faults-registry faults-promotion bench-data bench-formats bench-overhead bench-divergence bench-search bench-registry bench-importance clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-17s%s\n", $$1, $$2}' Makefile
@@ -75,6 +75,9 @@ bench-divergence: .venv/installed  ## a training that diverges, and how it is ke
 
 bench-search: .venv/installed  ## random search with early stopping and without
 	$(BIN)/python -m tests.benchmarks.search
+
+bench-importance: .venv/installed  ## importance weights by shared draws beside full forwards
+	$(BIN)/python -m tests.benchmarks.importance
 
 bench-registry: .venv/installed  ## finding models among 10,000 versions
 	$(BIN)/python -m tests.benchmarks.registry
