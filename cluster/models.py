@@ -12,6 +12,7 @@ from pipeline.models.finding import BEST_FIRST
 from pipeline.models.names import MissingDatabaseError, check_name
 from pipeline.models.query import parse
 from pipeline.models.versions import Version
+from pipeline.progress import say
 
 COLUMNS = {
     "model": "MODEL",
@@ -47,10 +48,11 @@ def versions(
             store=store,
             tracking=tracking,
         )
-    except MissingDatabaseError:
+    except MissingDatabaseError as error:
         # An address that somebody wrote may be misspelt; the store's own database comes in time.
         if name or registry.named_tracking(tracking):
             raise
+        say(str(error))
         return []
     if name and not found:
         # Whoever knows all models says what there is instead.
