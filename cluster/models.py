@@ -11,7 +11,7 @@ from pipeline.models.fields import Field, field
 from pipeline.models.finding import BEST_FIRST
 from pipeline.models.names import MissingDatabaseError, check_name
 from pipeline.models.query import parse
-from pipeline.models.versions import Version
+from pipeline.models.versions import CRITERION, Version
 from pipeline.progress import say
 
 COLUMNS = {
@@ -102,7 +102,7 @@ def _row(version: Version) -> dict[str, Any]:
     return {
         "model": version.ref,
         "aliases": list(version.aliases),
-        "bits_per_dim": version.score,
+        "bits_per_dim": version.metrics.get(CRITERION),
         "images_seen": version.images_seen,
         "run_ended": version.run_ended,
         "data": version.data_root,

@@ -204,3 +204,18 @@ def test_a_place_whose_name_no_disk_can_hold_is_refused(place, capsys):
     for arguments in (["registry", "download", FIRST], ["export", FIRST]):
         shown = nvae(capsys, *arguments, "x" * 300)
         assert (shown.code, "File name too long" in shown.err) == (2, True)
+
+
+def test_what_was_never_measured_is_no_number(place, capsys):
+    client = MlflowClient(place.tracking)
+    client.create_registered_model("nvae-unmeasured")
+    measured = client.get_model_version("nvae-looked-up", "1")
+    tags = {key: value for key, value in measured.tags.items() if not key.startswith("validation/")}
+    assert len(tags) < len(measured.tags)
+    client.create_model_version("nvae-unmeasured", measured.source, measured.run_id, tags)
+    try:
+        [_, row] = nvae(capsys, "registry", "list", "nvae-unmeasured").out.splitlines()
+        assert row.split("\t")[:3] == ["models:/nvae-unmeasured/1", "-", "-"]
+        assert [each["bits_per_dim"] for each in answer(capsys, "list", "nvae-unmeasured")] == [None]
+    finally:
+        client.delete_registered_model("nvae-unmeasured")
