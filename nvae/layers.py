@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nvae import depthwise
 from nvae.batch_norm import batch_statistics
 from nvae.collectives import sum_over_ranks, world_size
 
@@ -67,6 +68,8 @@ class Conv2d(nn.Conv2d):
         if weight_norm:
             length = _length(self._masked_weight().detach())
             self.log_weight_norm = nn.Parameter((length + 1e-2).log() + math.log(initial_scale))
+        self.own_gradient = False
+        """Whether a depthwise convolution computes its weight gradient by depthwise.py where it can."""
         self._shared_weight: Tensor | None = None
 
     def effective_weight(self) -> Tensor:
@@ -80,7 +83,10 @@ class Conv2d(nn.Conv2d):
         self._shared_weight = self._compute_effective_weight() if share else None
 
     def forward(self, x: Tensor) -> Tensor:
-        convolved: Tensor = self._conv_forward(x, self.effective_weight(), self.bias)
+        weight = self.effective_weight()
+        if self.own_gradient and depthwise.applies(x, weight, self.stride[0], self.dilation[0]):
+            return depthwise.convolve(x, weight, self.stride[0])
+        convolved: Tensor = self._conv_forward(x, weight, self.bias)
         return convolved
 
     def unit_weight(self) -> Tensor:

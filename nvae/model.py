@@ -23,6 +23,7 @@ from nvae.config import NVAEConfig
 from nvae.distributions import Likelihood, Noise, Normal, image_likelihood, logit_channels
 from nvae.flows import FlowPair
 from nvae.layers import Conv2d, at_least_float32, full_precision
+from nvae.levers import PLAIN, Levers
 from nvae.spectral import SpectralRegularization
 
 
@@ -109,6 +110,7 @@ class NVAE(nn.Module):
     def __init__(self, config: NVAEConfig) -> None:
         super().__init__()
         self.config = config
+        self.levers = PLAIN
         sizes = _Sizes(config)
         if not sizes.plain:
             self.initial_state = nn.Parameter(torch.rand(sizes.state(0), *config.latent_shapes[0][1:]))
@@ -145,7 +147,7 @@ class NVAE(nn.Module):
 
     def encode(self, images: Tensor) -> Features:
         """The bottom-up pass: what all posteriors of these images are made from. Not random."""
-        x = self.preprocess(self.stem(pixels.centred(images, self.config)))
+        x = self.preprocess(self.stem(self._laid_out(pixels.centred(images, self.config))))
         features = []
         for index in reversed(range(len(self.encoder_tower))):
             group = self._encoder_group(index)
@@ -170,6 +172,13 @@ class NVAE(nn.Module):
         """
         return self._walk_down(None, count, noise, temperature)[0]
 
+    def use(self, levers: Levers) -> None:
+        """Compute by these from now on; values stay the same but for rounding."""
+        self.levers = levers
+        for module in self.modules():
+            if isinstance(module, Conv2d) and module.groups == module.in_channels == module.out_channels:
+                module.own_gradient = levers.depthwise and module.bias is None
+
     def set_activation_checkpointing(self, mode: ActivationCheckpointing) -> None:
         """What the backward pass recomputes to save memory: "none", "batch_norm" or "cells"."""
         batch_norm.set_activation_checkpointing(self, mode)
@@ -179,7 +188,7 @@ class NVAE(nn.Module):
     ) -> tuple[Likelihood, tuple[GroupOutput, ...]]:
         """From the coarsest group to the image; the groups' outputs only if there are features."""
         outputs = []
-        state = None if self._plain else self.initial_state.expand(count, -1, -1, -1)
+        state = None if self._plain else self._laid_out(self.initial_state.expand(count, -1, -1, -1))
         for group in range(self.config.num_groups):
             if group > 0:
                 state = self._decoder_group(group).cells(state)
@@ -239,6 +248,10 @@ class NVAE(nn.Module):
         if decoder.up is not None:
             joined = decoder.up(joined)
         return joined
+
+    def _laid_out(self, x: Tensor) -> Tensor:
+        """In the memory format of the levers, which everything computed from it inherits."""
+        return x.contiguous(memory_format=torch.channels_last) if self.levers.channels_last else x
 
     def _encoder_group(self, group: int) -> EncoderGroup:
         """Of a group by its number; the tower is in the order of the bottom-up pass."""

@@ -1,0 +1,34 @@
+"""What may be computed otherwise than the plain model says, for speed alone.
+
+The plain path is the readable truth, and the oracle of every lever's test: a lever changes no
+value but by rounding, and no error of a value to more than twice the plain path's. Each is here
+because it pays, by `python tests/benchmarks/step.py --ablation`; what did not is named in the docstring
+of the file it would have been in.
+"""
+
+from dataclasses import dataclass, fields
+
+import torch
+
+
+@dataclass(frozen=True)
+class Levers:
+    """Which are on."""
+
+    channels_last: bool = False
+    """Activations with the channels of a pixel side by side."""
+    depthwise: bool = False
+    """The weight gradient of depthwise convolutions by depthwise.c; needs channels_last and fp32."""
+
+    def names(self) -> tuple[str, ...]:
+        """Of those that are on."""
+        return tuple(field.name for field in fields(self) if getattr(self, field.name))
+
+
+PLAIN = Levers()
+ON_CPU = Levers(channels_last=True, depthwise=True)
+
+
+def levers_for(device: torch.device) -> Levers:
+    """Those that have been measured to pay on this kind of device; on GPUs none have been measured."""
+    return ON_CPU if device.type == "cpu" else PLAIN
