@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.grad import conv2d_input
 
 from nvae import native
 
@@ -72,12 +71,19 @@ class _Depthwise(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
-            grad_x = conv2d_input(  # type: ignore[no-untyped-call]
-                list(x.shape), weight, grad, ctx.stride, weight.shape[-1] // 2, 1, len(weight)
-            )
+            # With x itself, although its values are not used: from its layout follows that of the result.
+            grad_x = torch.ops.aten.convolution_backward(
+                grad, x, weight, None, *_geometry(weight, ctx.stride), [True, False, False]
+            )[0]
         if ctx.needs_input_grad[1]:
             grad_weight = weight_gradient(x, grad, weight.shape[-1], ctx.stride)
         return grad_x, grad_weight, None
+
+
+def _geometry(weight: Tensor, stride: int) -> tuple[Any, ...]:
+    """Stride, padding, dilation, transposition, output padding and groups."""
+    padding = weight.shape[-1] // 2
+    return [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], len(weight)
 
 
 def weight_gradient(x: Tensor, grad: Tensor, size: int, stride: int) -> Tensor:

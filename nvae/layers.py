@@ -13,7 +13,7 @@ importance-weighted draw.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -76,11 +76,16 @@ class Conv2d(nn.Conv2d):
         """The weight that the convolution uses: masked, normalized and scaled; differentiable."""
         if self._shared_weight is not None:
             return self._shared_weight
-        return self._compute_effective_weight()
+        return self.compute_effective_weight()
 
-    def share_weight(self, share: bool) -> None:
-        """Compute the effective weight now and keep it, or stop keeping it; see `shared_weights`."""
-        self._shared_weight = self._compute_effective_weight() if share else None
+    def share_weight(self, weight: Tensor | None) -> None:
+        """Use this effective weight, for what is computed within `shared_weights`; None: no more."""
+        self._shared_weight = weight
+
+    def compute_effective_weight(self) -> Tensor:
+        if self.log_weight_norm is None:
+            return self._masked_weight()
+        return self.log_weight_norm.exp() * self.unit_weight()
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.effective_weight()
@@ -93,11 +98,6 @@ class Conv2d(nn.Conv2d):
         """The weight with every output channel scaled to length one."""
         weight = self._masked_weight()
         return weight / (_length(weight) + _NORM_EPSILON)
-
-    def _compute_effective_weight(self) -> Tensor:
-        if self.log_weight_norm is None:
-            return self._masked_weight()
-        return self.log_weight_norm.exp() * self.unit_weight()
 
     def _masked_weight(self) -> Tensor:
         return self.weight if self.mask is None else self.weight * self.mask
@@ -135,7 +135,7 @@ class DataInitializedConv2d(Conv2d):
         if (self.training or self.forgetful) and not self.initialized:
             self._initialize(x)
             if self._shared_weight is not None:
-                self.share_weight(True)
+                self.share_weight(self.compute_effective_weight())
         return super().forward(x)
 
     @torch.no_grad()
@@ -164,11 +164,32 @@ def shared_weights(model: nn.Module) -> Iterator[None]:
     convolutions = [module for module in model.modules() if isinstance(module, Conv2d)]
     try:
         for convolution in convolutions:
-            convolution.share_weight(True)
+            convolution.share_weight(convolution.compute_effective_weight())
         yield
     finally:
         for convolution in convolutions:
-            convolution.share_weight(False)
+            convolution.share_weight(None)
+
+
+def normalized_together(convolutions: Sequence[Conv2d]) -> Tensor:
+    """Effective weights (L, R, C) of L weight-normalized convolutions whose weights are R x C matrices.
+
+    A deep NVAE has a thousand convolutions and some dozens of shapes: one normalization of all weights of a
+    shape takes as many operations as one of a single layer, and on small models most of the time goes
+    to operations, not to numbers.
+    """
+    weights = torch.stack([layer.weight.flatten(1) for layer in convolutions])
+    if any(layer.mask is not None for layer in convolutions):
+        masks = [torch.ones_like(x.weight) if x.mask is None else x.mask for x in convolutions]
+        weights = weights * torch.stack([mask.flatten(1) for mask in masks])
+    scales = torch.stack([_log_norm(layer).flatten(1) for layer in convolutions]).exp()
+    lengths: Tensor = torch.linalg.vector_norm(weights, dim=2, keepdim=True)
+    return scales * (weights / (lengths + _NORM_EPSILON))
+
+
+def _log_norm(layer: Conv2d) -> Tensor:
+    assert layer.log_weight_norm is not None
+    return layer.log_weight_norm
 
 
 class SqueezeExcitation(nn.Module):

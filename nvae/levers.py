@@ -20,13 +20,16 @@ class Levers:
     depthwise: bool = False
     """The weight gradient of depthwise convolutions by depthwise.c; needs channels_last and fp32."""
 
+    weights_by_shape: bool = False
+    """Weight normalization of all layers of one shape at a time."""
+
     def names(self) -> tuple[str, ...]:
         """Of those that are on."""
         return tuple(field.name for field in fields(self) if getattr(self, field.name))
 
 
 PLAIN = Levers()
-ON_CPU = Levers(channels_last=True, depthwise=True)
+ON_CPU = Levers(channels_last=True, depthwise=True, weights_by_shape=True)
 
 
 def levers_for(device: torch.device) -> Levers:

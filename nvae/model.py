@@ -10,6 +10,8 @@ reverse. Submodules are registered in the order of the published parameters, whi
 states and spectral regularization follow.
 """
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -22,9 +24,9 @@ from nvae.cells import CELL_FAMILIES, Cell, DecoderCombiner, Direction, EncoderC
 from nvae.config import NVAEConfig
 from nvae.distributions import Likelihood, Noise, Normal, image_likelihood, logit_channels
 from nvae.flows import FlowPair
-from nvae.layers import Conv2d, at_least_float32, full_precision
+from nvae.layers import Conv2d, at_least_float32, full_precision, shared_weights
 from nvae.levers import PLAIN, Levers
-from nvae.spectral import SpectralRegularization
+from nvae.spectral import Matrices, SpectralRegularization
 
 
 @dataclass(frozen=True)
@@ -179,6 +181,14 @@ class NVAE(nn.Module):
             if isinstance(module, Conv2d) and module.groups == module.in_channels == module.out_channels:
                 module.own_gradient = levers.depthwise and module.bias is None
 
+    def shared_weights(self) -> AbstractContextManager[Matrices]:
+        """Within it every convolution computes its effective weight once; see `nvae.layers.shared_weights`.
+
+        For one training step (forward pass and spectral penalty) or several forward passes without
+        gradient. Gives what of them is stacked, for `spectral`.
+        """
+        return self.spectral.weights_by_shape() if self.levers.weights_by_shape else _shared_weights(self)
+
     def set_activation_checkpointing(self, mode: ActivationCheckpointing) -> None:
         """What the backward pass recomputes to save memory: "none", "batch_norm" or "cells"."""
         batch_norm.set_activation_checkpointing(self, mode)
@@ -200,7 +210,7 @@ class NVAE(nn.Module):
                 output = self._draw_posterior(group, features, state, prior_parameters, eps)
                 outputs.append(output)
                 z = output.z
-            state = self._join(group, state, z)
+            state = self._join(group, state, self._laid_out(z))
         logits = _float32_convolution(self.image_head, F.elu(self.postprocess(state)))
         return image_likelihood(logits, self.config), tuple(outputs)
 
@@ -267,6 +277,12 @@ class NVAE(nn.Module):
     @property
     def _plain(self) -> bool:
         return _Sizes(self.config).plain
+
+
+@contextmanager
+def _shared_weights(model: NVAE) -> Iterator[Matrices]:
+    with shared_weights(model):
+        yield {}
 
 
 @dataclass(frozen=True)

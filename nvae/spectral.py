@@ -13,15 +13,21 @@ resumes. Matrices of one shape are stacked and iterated together: 986 convolutio
 256x256 model have 60 shapes, more or less.
 """
 
+import itertools
 import math
 from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nvae.batch_norm import BatchNorm
-from nvae.layers import Conv2d, full_precision
+from nvae.layers import Conv2d, full_precision, normalized_together
+
+Matrices = Mapping[tuple[int, int], Tensor]
+"""Effective weights (L, R, C) of all layers of a shape, by R and C."""
 
 FIRST_ITERATIONS = 40
 ITERATIONS = 4
@@ -46,16 +52,52 @@ class SpectralRegularization(nn.Module):
         for (rows, columns), layers in self.layers.items():
             self.register_buffer(f"u_{rows}x{columns}", normalize(torch.randn(len(layers), rows)))
             self.register_buffer(f"v_{rows}x{columns}", normalize(torch.randn(len(layers), columns)))
+        self._together: dict[tuple[int, int], list[Conv2d]] = {}
+        """Of `layers`, those whose weights are normalized and nothing else."""
+        self._apart: list[Conv2d] = []
+        for shape, layers in self.layers.items():
+            together = [each for each in layers if type(each) is Conv2d and each.log_weight_norm is not None]
+            if together:
+                self._together[shape] = together
+            self._apart += [layer for layer in layers if layer not in together]
         self.register_buffer("warm", torch.tensor(False))
         self._known_warm = False
 
-    def forward(self) -> Tensor:
-        """The penalty (0-d); moves the singular vectors on. In fp32 under autocast, too."""
+    @contextmanager
+    def weights_by_shape(self) -> Iterator[Matrices]:
+        """`nvae.layers.shared_weights` for the whole model, computed for all layers of a shape at once.
+
+        Yields what it has stacked, which `forward` need not stack again. Layers that are initialized
+        from data change their weights within it and are computed one by one, as are those without weight
+        normalization, where there is nothing to compute.
+        """
+        stacked: dict[tuple[int, int], Tensor] = {}
+        try:
+            for layer in self._apart:
+                layer.share_weight(layer.compute_effective_weight())
+            for shape, layers in self._together.items():
+                matrices = normalized_together(layers)
+                for layer, matrix in zip(layers, matrices.unbind(0), strict=True):
+                    layer.share_weight(matrix.view(layer.weight.shape))
+                if len(layers) == len(self.layers[shape]):
+                    stacked[shape] = matrices
+            yield stacked
+        finally:
+            for layer in itertools.chain(*self.layers.values()):
+                layer.share_weight(None)
+
+    def forward(self, stacked: Matrices | None = None) -> Tensor:
+        """The penalty (0-d); moves the singular vectors on. In fp32 under autocast, too.
+
+        `stacked` are effective weights of all layers of some shapes, where they are there already.
+        """
         iterations = ITERATIONS if self._is_warm() else FIRST_ITERATIONS
         penalty: Tensor = self.warm.new_zeros((), dtype=torch.float32)
         with full_precision(self.warm.device):
             for (rows, columns), layers in self.layers.items():
-                weights = torch.stack([layer.effective_weight().flatten(1) for layer in layers])
+                weights = (stacked or {}).get((rows, columns))
+                if weights is None:
+                    weights = torch.stack([layer.effective_weight().flatten(1) for layer in layers])
                 u, v = self.get_buffer(f"u_{rows}x{columns}"), self.get_buffer(f"v_{rows}x{columns}")
                 new_u, new_v = iterate(weights.detach(), u, v, iterations)
                 penalty = penalty + singular_values(weights, new_u, new_v).sum()

@@ -33,11 +33,10 @@ from nvae import objective
 from nvae.batch_norm import BatchNorm
 from nvae.collectives import backward, sum_over_ranks, world_size
 from nvae.health import Buffers, Limits, Reading, agree, magnitude
-from nvae.layers import shared_weights
 from nvae.model import NVAE
 from nvae.noise import by_group
 from nvae.pixels import to_model
-from nvae.spectral import batch_norm_scale_penalty
+from nvae.spectral import Matrices, batch_norm_scale_penalty
 
 
 @dataclass(frozen=True)
@@ -215,14 +214,14 @@ def _gradients(
     for part in batch.split(settings.micro_batches):
         is_last = len(done) == settings.micro_batches - 1
         # The penalties use the weights that the convolutions have computed anyway.
-        with _communicating(model, is_last), shared_weights(network):
+        with _communicating(model, is_last), network.shared_weights() as stacked:
             with record_function("step/forward"):
                 terms = _forward(model, network, part, coefficients, settings)
             # The loss is a sum over ranks, of which DistributedDataParallel makes a mean.
             loss = terms.loss * (world_size() / global_weight)
             if is_last:
                 with record_function("step/penalties"):
-                    penalties = _penalties(network, coefficients)
+                    penalties = _penalties(network, coefficients, stacked)
                 loss = loss + penalties.loss
             with record_function("step/backward"):
                 backward(loss)
@@ -257,13 +256,13 @@ def _forward(
     )
 
 
-def _penalties(network: NVAE, coefficients: Coefficients) -> _Penalties:
+def _penalties(network: NVAE, coefficients: Coefficients, stacked: Matrices) -> _Penalties:
     """Alike on all ranks: weights and singular vectors are. After a forward pass, which may
     initialize weights from data."""
     if coefficients.spectral == 0:
         none = network.stem.weight.new_zeros(())
         return _Penalties(none, none, none)
-    spectral, batch_norm_scale = network.spectral(), batch_norm_scale_penalty(network)
+    spectral, batch_norm_scale = network.spectral(stacked), batch_norm_scale_penalty(network)
     return _Penalties(coefficients.spectral * (spectral + batch_norm_scale), spectral, batch_norm_scale)
 
 

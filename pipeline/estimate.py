@@ -35,7 +35,6 @@ from torch.overrides import TorchFunctionMode
 
 from nvae import objective
 from nvae.health import Buffers
-from nvae.layers import shared_weights
 from nvae.model import NVAE
 from nvae.noise import by_group, image_noise
 from nvae.pixels import to_model
@@ -224,10 +223,10 @@ def _imagine_once(config: RunConfig, images: int, keeping_gradients: bool) -> _I
         if not keeping_gradients:
             optimizer.zero_grad()
         before, mirrored = Buffers(model), pictures.flip(-1)
-        with _Autocast(), shared_weights(model):
+        with _Autocast(), model.shared_weights() as stacked:
             loss = _loss(config, model, mirrored, noise, weights)
             if config.objective.spectral_coefficient:
-                loss = loss + model.spectral() + batch_norm_scale_penalty(model)
+                loss = loss + model.spectral(stacked) + batch_norm_scale_penalty(model)
             # Loss.backward() is one of torch's functions, and within such no mode for functions holds.
             Variable._execution_engine.run_backward(
                 (loss,),

@@ -22,7 +22,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nvae import objective
 from nvae.distributions import Noise
-from nvae.layers import shared_weights
 from nvae.model import NVAE
 from nvae.pixels import to_model
 from nvae.spectral import batch_norm_scale_penalty
@@ -58,13 +57,13 @@ class BareLoop:
         config, spectral = self.network.config, self.config.objective.spectral_coefficient
         levels = to_model(images, config)
         self.optimizer.zero_grad()
-        with shared_weights(self.network):
+        with self.network.shared_weights() as stacked:
             output = self.model(levels, self.noise)
             reconstruction = objective.reconstruction(output, levels, config)
             kl = objective.kl_per_group(output)
             charged = objective.balance(kl.detach(), torch.ones(len(images)), config) * kl
             loss = (reconstruction + KL_COEFFICIENT * charged.sum(dim=1)).mean()
-            penalty = self.network.spectral() + batch_norm_scale_penalty(self.network)
+            penalty = self.network.spectral(stacked) + batch_norm_scale_penalty(self.network)
             (loss + spectral * penalty).backward()
         self.optimizer.step()
         self.ema.update_parameters(self.network)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
@@ -48,6 +48,7 @@ def error(found: Tensor, exact: Tensor) -> float:
     return (found.double() - exact).norm().item()
 
 
+@settings(deadline=None)
 @given(
     st.integers(1, 3),
     st.integers(1, 40),
