@@ -18,11 +18,12 @@ from dataclasses import dataclass
 from enum import Flag, auto
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._utils import _flatten_dense_tensors
 from torch.nn.utils import get_total_norm
 
 from nvae.collectives import sum_over_ranks, world_size
+from nvae.model import NVAE
 
 SMALL = 65_536
 """Values in a tensor that `magnitude` copies."""
@@ -157,9 +158,9 @@ def flatten(tensors: Sequence[Tensor]) -> Tensor:
 class Buffers:
     """A copy of a model's buffers, to put back. One tensor per type: few and large copies."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: NVAE) -> None:
         self._buffers: dict[torch.dtype, list[Tensor]] = defaultdict(list)
-        for buffer in model.buffers():
+        for buffer in model.packs.buffers if model.levers.packed else model.buffers():
             self._buffers[buffer.dtype].append(buffer)
         self._copies = {dtype: flatten(buffers) for dtype, buffers in self._buffers.items()}
 

@@ -24,13 +24,16 @@ class Levers:
     """Weight normalization of all layers of one shape at a time: a thirtieth of the operations. On a CPU
     it does not pay, since single weights stay in the cache, and large stacks do not."""
 
+    packed: bool = False
+    """Weights, gradients, averages and buffers each in one tensor, for what passes over all of them."""
+
     def names(self) -> tuple[str, ...]:
         """Of those that are on."""
         return tuple(field.name for field in fields(self) if getattr(self, field.name))
 
 
 PLAIN = Levers()
-ON_CPU = Levers(channels_last=True, depthwise=True)
+ON_CPU = Levers(channels_last=True, depthwise=True, packed=True)
 
 
 def levers_for(device: torch.device) -> Levers:

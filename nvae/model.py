@@ -26,6 +26,7 @@ from nvae.distributions import Likelihood, Noise, Normal, image_likelihood, logi
 from nvae.flows import FlowPair
 from nvae.layers import Conv2d, at_least_float32, full_precision, shared_weights
 from nvae.levers import PLAIN, Levers
+from nvae.packing import ModelPacks
 from nvae.spectral import Matrices, SpectralRegularization
 
 
@@ -113,6 +114,7 @@ class NVAE(nn.Module):
         super().__init__()
         self.config = config
         self.levers = PLAIN
+        self._packs: ModelPacks | None = None
         sizes = _Sizes(config)
         if not sizes.plain:
             self.initial_state = nn.Parameter(torch.rand(sizes.state(0), *config.latent_shapes[0][1:]))
@@ -188,6 +190,13 @@ class NVAE(nn.Module):
         gradient. Gives what of them is stacked, for `spectral`.
         """
         return self.spectral.weights_by_shape() if self.levers.weights_by_shape else _shared_weights(self)
+
+    @property
+    def packs(self) -> ModelPacks:
+        """Its parameters and buffers, each in one tensor, which they are views of from now on."""
+        if self._packs is None:
+            self._packs = ModelPacks(self)
+        return self._packs
 
     def set_activation_checkpointing(self, mode: ActivationCheckpointing) -> None:
         """What the backward pass recomputes to save memory: "none", "batch_norm" or "cells"."""

@@ -25,16 +25,15 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.profiler import record_function
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import clip_grads_with_norm_
-from torch.optim import Adamax, Optimizer
+from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from nvae import objective
-from nvae.batch_norm import BatchNorm
 from nvae.collectives import backward, sum_over_ranks, world_size
 from nvae.health import Buffers, Limits, Reading, agree, magnitude
 from nvae.model import NVAE
 from nvae.noise import by_group
+from nvae.optimizer import all_gradients, all_weights, clip
 from nvae.pixels import to_model
 from nvae.spectral import Matrices, batch_norm_scale_penalty
 
@@ -130,20 +129,17 @@ def update(
     optimizer.zero_grad()
     total, penalties = _gradients(model, network, batch, global_weight, coefficients, settings)
     with record_function("step/optimizer"):
-        # Not from the model: walking through a deep one takes milliseconds.
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        gradient_norm = magnitude(p.grad for p in parameters if p.grad is not None)
         agreement = agree(
             loss=total.loss / global_weight,
             penalties=penalties.loss.detach(),
-            gradient_norm=gradient_norm,
+            gradient_norm=magnitude(all_gradients(optimizer)),
             buffers=before.numbers,
-            weights=parameters,
+            weights=all_weights(optimizer),
             ballot=ballot,
             limits=limits,
         )
         if agreement.reading.made:
-            _clip(parameters, agreement.gradient_norm, settings, limits)
+            _clip(optimizer, agreement.gradient_norm, settings, limits)
             _step(optimizer, coefficients)
             if ema is not None:
                 ema.update_parameters(network)
@@ -274,14 +270,12 @@ def _add(terms: Sequence[_Terms]) -> _Terms:
     )
 
 
-def _clip(
-    parameters: Sequence[nn.Parameter], gradient_norm: Tensor, settings: StepSettings, limits: Limits
-) -> None:
+def _clip(optimizer: Optimizer, gradient_norm: Tensor, settings: StepSettings, limits: Limits) -> None:
     highest = math.inf if settings.gradient_clip_norm is None else settings.gradient_clip_norm
     if limits.clip:
         highest = min(highest, limits.gradient_norm)
     if math.isfinite(highest):
-        clip_grads_with_norm_(parameters, highest, gradient_norm, foreach=True)
+        clip(optimizer, gradient_norm, highest)
 
 
 def _step(optimizer: Optimizer, coefficients: Coefficients) -> None:
@@ -295,44 +289,3 @@ def _communicating(model: nn.Module, yes: bool) -> AbstractContextManager[object
     if yes or not isinstance(model, DistributedDataParallel):
         return nullcontext()
     return model.no_sync()
-
-
-# --- what an update is given ------------------------------------------------------------------
-
-
-def make_optimizer(model: nn.Module, weight_decay: float) -> Adamax:
-    """Adamax as published. Weight decay is part of the gradient and holds for all parameters."""
-    return Adamax(model.parameters(), betas=(0.9, 0.999), eps=1e-3, weight_decay=weight_decay, foreach=True)
-
-
-_Tensors = tuple[Tensor, ...] | list[Tensor]
-
-
-class WeightAverage(AveragedModel):
-    """Exponential moving average of a model's weights and batch norm statistics.
-
-    `decay` is reached by a ramp, so that the first weights are soon forgotten. Other buffers
-    (counters, singular vectors) are those of the model. `n_averaged` counts the updates and
-    stays on the CPU, where asking for it does not wait for the device.
-    """
-
-    def __init__(self, model: NVAE, decay: float) -> None:
-        def average(averaged: _Tensors, current: _Tensors, count: Tensor | int) -> None:
-            if averaged[0].is_floating_point():
-                ramp = (1 + int(count)) / (10 + int(count))
-                torch._foreach_lerp_(averaged, current, 1 - min(decay, ramp))
-
-        super().__init__(model, multi_avg_fn=average, use_buffers=True)
-
-    @torch.no_grad()
-    def update_parameters(self, model: nn.Module) -> None:
-        super().update_parameters(model)
-        for mine, theirs in zip(self.module.modules(), model.modules(), strict=True):
-            averaged = {"running_mean", "running_var"} if isinstance(theirs, BatchNorm) else set()
-            for name, buffer in theirs.named_buffers(recurse=False):
-                if name not in averaged:
-                    mine.get_buffer(name).copy_(buffer)
-
-
-def make_ema(model: NVAE, decay: float) -> WeightAverage:
-    return WeightAverage(model, decay)

@@ -37,9 +37,10 @@ from nvae import objective
 from nvae.health import Buffers
 from nvae.model import NVAE
 from nvae.noise import by_group, image_noise
+from nvae.optimizer import make_ema, make_optimizer
 from nvae.pixels import to_model
 from nvae.spectral import batch_norm_scale_penalty
-from nvae.step import Coefficients, StepSettings, make_ema, make_optimizer, update
+from nvae.step import Coefficients, StepSettings, update
 from pipeline.allocation_ledger import AllocationLedger
 from pipeline.config import (
     CadenceConfig,

@@ -13,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from nvae.health import magnitude
 from nvae.model import NVAE
-from nvae.step import make_ema, make_optimizer
+from nvae.optimizer import make_ema, make_optimizer
 from pipeline import config_file
 from pipeline.config import RunConfig
 from pipeline.data.index import Index

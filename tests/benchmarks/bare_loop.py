@@ -23,9 +23,9 @@ from torch.nn.parallel import DistributedDataParallel
 from nvae import objective
 from nvae.distributions import Noise
 from nvae.model import NVAE
+from nvae.optimizer import make_ema, make_optimizer
 from nvae.pixels import to_model
 from nvae.spectral import batch_norm_scale_penalty
-from nvae.step import make_ema, make_optimizer
 from pipeline import config_file
 from pipeline.config import RunConfig
 from pipeline.training.worker import Worker

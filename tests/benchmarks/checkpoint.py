@@ -20,7 +20,8 @@ import torch
 
 from nvae.model import NVAE
 from nvae.noise import image_noise
-from nvae.step import Coefficients, StepSettings, make_ema, make_optimizer, update
+from nvae.optimizer import make_ema, make_optimizer
+from nvae.step import Coefficients, StepSettings, update
 from pipeline import config_file, storage
 from pipeline.training.checkpoint_writer import CheckpointWriter, claim_attempt
 from pipeline.training.optimizer_state import flatten_optimizer

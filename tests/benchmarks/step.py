@@ -33,7 +33,8 @@ import nvae.step  # noqa: E402
 from nvae.config import NVAEConfig  # noqa: E402
 from nvae.model import NVAE  # noqa: E402
 from nvae.noise import image_noise  # noqa: E402
-from nvae.step import Coefficients, StepSettings, make_ema, make_optimizer, update  # noqa: E402
+from nvae.optimizer import make_ema, make_optimizer  # noqa: E402
+from nvae.step import Coefficients, StepSettings, update  # noqa: E402
 
 PRESETS: dict[str, Any] = json.loads((Path(__file__).parent / "presets.json").read_text())
 STAGES = ("forward", "penalties", "backward", "optimizer")

@@ -11,10 +11,11 @@ from nvae import objective
 from nvae.distributions import Noise
 from nvae.model import NVAE
 from nvae.noise import by_group
+from nvae.optimizer import make_optimizer
 from nvae.pixels import to_model
 from nvae.published import PublishedCheckpoint, published_names
 from nvae.spectral import normalize
-from nvae.step import Coefficients, StepResult, StepSettings, make_optimizer, update
+from nvae.step import Coefficients, StepResult, StepSettings, update
 from pipeline.config import RunConfig
 from pipeline.training.schedules import schedule
 from tests.nvae.published_cases import Case, Comparison, absolute, recorded_noise, relative, stored

@@ -12,7 +12,8 @@ from torch.testing import assert_close
 from nvae.batch_norm import BatchNorm
 from nvae.health import Buffers, Limits, Reading, Trouble, agree
 from nvae.model import NVAE
-from nvae.step import Coefficients, StepResult, StepSettings, make_ema, make_optimizer, update
+from nvae.optimizer import make_ema, make_optimizer
+from nvae.step import Coefficients, StepResult, StepSettings, update
 from tests.nvae.tiny import latent_noise, stored_images, tiny_model
 
 SOUND: dict[str, Any] = {

@@ -13,9 +13,10 @@ from nvae.batch_norm import BatchNorm
 from nvae.config import CellFamily
 from nvae.model import NVAE
 from nvae.noise import by_group, image_noise
+from nvae.optimizer import make_ema, make_optimizer
 from nvae.pixels import to_model
 from nvae.spectral import batch_norm_scale_penalty
-from nvae.step import Coefficients, StepResult, StepSettings, make_ema, make_optimizer, update
+from nvae.step import Coefficients, StepResult, StepSettings, update
 from tests.nvae.tiny import latent_noise, normal_noise, stored_images, tiny_config, tiny_model
 
 WARMING_UP = Coefficients(learning_rate=1e-2, kl=0.3, spectral=0.1)

@@ -19,7 +19,8 @@ from nvae.health import Reading, Trouble
 from nvae.layers import DataInitializedConv2d
 from nvae.model import NVAE
 from nvae.objective import balance
-from nvae.step import Coefficients, StepSettings, make_ema, make_optimizer, update
+from nvae.optimizer import make_ema, make_optimizer
+from nvae.step import Coefficients, StepSettings, update
 from tests.nvae.tiny import latent_noise, normal_noise, seeded, stored_images, tiny_config, tiny_model
 
 UPDATES = 2

@@ -18,8 +18,9 @@ from nvae.batch_norm import ActivationCheckpointing
 from nvae.config import NVAEConfig
 from nvae.model import NVAE
 from nvae.noise import image_noise
+from nvae.optimizer import make_ema, make_optimizer
 from nvae.parallel import data_parallel
-from nvae.step import Coefficients, StepSettings, make_ema, make_optimizer, update
+from nvae.step import Coefficients, StepSettings, update
 from pipeline.config import CadenceConfig, DataConfig, RunConfig, TrainConfig
 from pipeline.estimate import achieved_flops, estimate, training_seconds
 
