@@ -9,6 +9,7 @@ import os
 import platform
 import shutil
 import uuid
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -51,6 +52,7 @@ def examine(config: str | None, store: str | None, tracking: str | None) -> Iter
     yield _result("python", _python)
     yield _result("packages", _packages)
     yield _result("devices", _devices)
+    yield _result("c compiler", _compiler)
     yield _result("disk", _disk)
     yield _result("shared memory", _shared_memory)
     yield _result("ray", _ray)
@@ -100,6 +102,20 @@ def _devices() -> str:
             "install a CUDA build of torch that fits the driver (`nvidia-smi` names its CUDA version)",
         )
     return f"no GPU; {cores}"
+
+
+def _compiler() -> str:
+    import torch
+
+    from nvae import depthwise
+
+    if torch.cuda.is_available():
+        return "of use on machines without a GPU only"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if depthwise.available():
+            return "there, and builds what is faster in C"
+    raise _FailedError("; ".join(str(warning.message) for warning in caught), "install gcc or clang")
 
 
 def _disk() -> str:

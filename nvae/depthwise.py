@@ -39,6 +39,7 @@ def applies(x: Tensor, weight: Tensor, stride: int, dilation: int) -> bool:
     """Whether `convolve` can take the place of torch's convolution for these."""
     return (
         x.device.type == "cpu"
+        and not x.is_meta
         and x.dtype == weight.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
         and x.shape[1] == weight.shape[0]

@@ -6,7 +6,9 @@ because it pays, by `python tests/benchmarks/step.py --ablation`; what did not i
 of the file it would have been in.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Literal
 
 import torch
 
@@ -36,6 +38,14 @@ PLAIN = Levers()
 ON_CPU = Levers(channels_last=True, depthwise=True, packed=True)
 
 
-def levers_for(device: torch.device) -> Levers:
-    """Those that have been measured to pay on this kind of device; on GPUs none have been measured."""
-    return ON_CPU if device.type == "cpu" else PLAIN
+Lever = Literal["channels_last", "depthwise", "weights_by_shape", "packed"]
+Choice = Literal["auto"] | Sequence[Lever]
+"""Names of levers, or "auto": those that have been measured to pay on the device."""
+
+
+def levers_for(device: torch.device, choice: Choice = "auto") -> Levers:
+    """What is to be used on this kind of device. By "auto" it is nothing on GPUs, where nothing has been
+    measured."""
+    if choice == "auto":
+        return ON_CPU if device.type == "cpu" else PLAIN
+    return Levers(**dict.fromkeys(choice, True))

@@ -33,6 +33,9 @@ def make_optimizer(model: nn.Module, weight_decay: float) -> Adamax:
 class PackedAdamax(Adamax):
     """Adamax on packed parameters, whose gradients are packed, too: autograd adds to them in place.
 
+    Gradients that somebody else has put in their place (DistributedDataParallel keeps them in its
+    buckets) are left there, and copied when `gradient` is asked for.
+
     Its state is torch's, tensor by tensor, and may be put back from outside; it is packed when next
     needed. `step` raises ValueError where its parameters have been updated differently often.
     """
@@ -40,8 +43,7 @@ class PackedAdamax(Adamax):
     def __init__(self, weights: Packed, weight_decay: float) -> None:
         super().__init__(weights.tensors, betas=_BETAS, eps=_EPSILON, weight_decay=weight_decay)
         self.weights = weights
-        self.gradient = torch.empty(0)
-        """All gradients since `zero_grad` in one tensor."""
+        self._gradient = torch.empty(0)
         self._gradients: list[Tensor] = []
         self._averages: Packed | None = None
         self._maxima: Packed | None = None
@@ -50,14 +52,29 @@ class PackedAdamax(Adamax):
     def zero_grad(self, set_to_none: bool = False) -> None:
         """Every parameter has a gradient from now on, which is zero; none is never set."""
         weights = self.weights.flat
-        if self.gradient.shape != weights.shape or self.gradient.device != weights.device:
-            self.gradient = torch.zeros_like(weights)
-            self._gradients = self.weights.views(self.gradient)
+        if self._gradient.shape != weights.shape or self._gradient.device != weights.device:
+            self._gradient = torch.zeros_like(weights)
+            self._gradients = self.weights.views(self._gradient)
         else:
-            self.gradient.zero_()
+            self._gradient.zero_()
+        if elsewhere := self._elsewhere():
+            torch._foreach_zero_([gradient for _, gradient in elsewhere])
         for parameter, gradient in zip(self.weights.tensors, self._gradients, strict=True):
-            if parameter.grad is not gradient:
+            if parameter.grad is None:
                 parameter.grad = gradient
+
+    @torch.no_grad()
+    def gradient(self) -> Tensor:
+        """All gradients since `zero_grad` in one tensor, of which `step` makes use."""
+        if elsewhere := self._elsewhere():
+            places, values = zip(*elsewhere, strict=True)
+            torch._foreach_copy_(places, values)
+        return self._gradient
+
+    def _elsewhere(self) -> list[tuple[Tensor, Tensor]]:
+        """Pairs of a place for a gradient and the gradient that is not there."""
+        pairs = zip(self._gradients, self.weights.tensors, strict=True)
+        return [(g, p.grad) for g, p in pairs if p.grad is not None and p.grad is not g]
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -65,9 +82,9 @@ class PackedAdamax(Adamax):
         beta1, beta2 = group["betas"]
         averages, maxima = self._packed_state()
         steps = [self.state[parameter]["step"] for parameter in self.weights.tensors]
-        torch._foreach_add_(steps, torch.tensor(1.0), alpha=1.0)
+        torch._foreach_add_(steps, torch.tensor(1.0, device="cpu"), alpha=1.0)
         size = -(group["lr"] / (1 - beta1 ** steps[0].item()))
-        for weight, gradient, average, maximum in pieces(self.weights.flat, self.gradient, averages, maxima):
+        for weight, gradient, average, maximum in pieces(self.weights.flat, self._gradient, averages, maxima):
             if group["weight_decay"]:
                 gradient = gradient.add(weight, alpha=group["weight_decay"])
             average.lerp_(gradient, 1 - beta1)
@@ -79,7 +96,7 @@ class PackedAdamax(Adamax):
         for state, parameter in zip(states, self.weights.tensors, strict=True):
             if not state:
                 state |= {
-                    "step": torch.tensor(0.0),
+                    "step": torch.tensor(0.0, device="cpu"),
                     "exp_avg": torch.zeros_like(parameter),
                     "exp_inf": torch.zeros_like(parameter),
                 }
@@ -102,9 +119,9 @@ def clip(optimizer: Optimizer, gradient_norm: Tensor, highest: float) -> None:
 
 
 def all_gradients(optimizer: Optimizer) -> list[Tensor]:
-    """Tensors that hold all gradients, each value once: few, where they are packed."""
+    """After the backward pass: tensors that hold all gradients, each value once; few if packed."""
     if isinstance(optimizer, PackedAdamax):
-        return [piece for [piece] in pieces(optimizer.gradient)]
+        return [piece for [piece] in pieces(optimizer.gradient())]
     return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
 
 

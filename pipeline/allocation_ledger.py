@@ -61,9 +61,7 @@ class AllocationLedger(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return True if args[0].dtype == torch.bool else 1.0 if args[0].is_floating_point() else 1
         with torch._C.DisableTorchFunction():
             result = self._result(func, args, kwargs)
-            formula = flop_registry.get(func.overloadpacket)
-            if formula is not None:
-                self._flops[func.overloadpacket] += formula(*args, **kwargs, out_val=result)
+            self._flops[func.overloadpacket] += _flops(func, args, kwargs, result)
             for tensor in result if isinstance(result, list | tuple) else (result,):
                 if isinstance(tensor, Tensor):
                     self._note(tensor.untyped_storage())
@@ -133,6 +131,19 @@ class _Shape:
     stride: tuple[int, ...]
     dtype: torch.dtype
     is_meta: bool
+
+
+def _flops(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> int:
+    """Multiplications and additions, by torch's formulas, but for the gradients of convolutions: torch counts
+    those of grouped ones several times."""
+    if func is _aten.convolution_backward.default:
+        gradient, _, weight, *_, wanted = args
+        gradients: int = sum(wanted[:2])
+        of_one: int = 2 * gradient.numel() * weight[0].numel()
+        return of_one * gradients
+    formula = flop_registry.get(func.overloadpacket)
+    flops: int = 0 if formula is None else formula(*args, **kwargs, out_val=result)
+    return flops
 
 
 def _described(value: Any) -> Any:

@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from nvae.config import NVAEConfig
+from nvae.levers import Lever
 
 RESUMABLE: dict[str, Any] = {"resumable": True}
 
@@ -123,6 +124,9 @@ class TrainConfig(Section):
     )
     """What the backward pass recomputes to save memory: nothing, batch norm + swish (as in
     the paper), or whole cells."""
+    levers: Literal["auto"] | tuple[Lever, ...] = Field("auto", json_schema_extra=RESUMABLE)
+    """What is computed otherwise than the plain model says, for speed alone: "auto" is what was
+    measured to pay on the device, on GPUs nothing yet; [] is the plain model."""
     seed: int = Field(1, ge=0, le=2**32 - 1)
     """Seed of the initial weights, the order of samples and all noise."""
     stall_seconds: float = Field(90.0, ge=1, json_schema_extra=RESUMABLE)

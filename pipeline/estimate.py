@@ -35,6 +35,7 @@ from torch.overrides import TorchFunctionMode
 
 from nvae import objective
 from nvae.health import Buffers
+from nvae.levers import levers_for
 from nvae.model import NVAE
 from nvae.noise import by_group, image_noise
 from nvae.optimizer import make_ema, make_optimizer
@@ -50,6 +51,8 @@ from pipeline.config import (
     RunConfig,
     TrainConfig,
 )
+
+_GPU = torch.device("cuda")
 
 MEASURED_UPDATES = 3
 """Of `achieved_flops`, after one that is not measured: its penalties take ten times the work."""
@@ -68,8 +71,8 @@ class Estimate:
     share: those of convolutions and matrix products, what is recomputed included."""
 
 
-def estimate(config: RunConfig, workers: int = 1) -> Estimate:
-    """What each of `workers` that share `train.batch_size` needs to train by `config`.
+def estimate(config: RunConfig, workers: int = 1, device: torch.device = _GPU) -> Estimate:
+    """What each of `workers` that share `train.batch_size` needs to train by `config` on such a device.
 
     Takes seconds, whatever the size of the batch, and no memory to speak of.
     """
@@ -81,7 +84,7 @@ def estimate(config: RunConfig, workers: int = 1) -> Estimate:
         largest = max(largest, 2)
     # The last part needs most: it has the penalties, and finds the gradients of those before it. Where
     # workers exchange gradients, the room of these is never given back.
-    imagined = _imagine(config, largest, keeping_gradients=parts > 1 or workers > 1)
+    imagined = _imagine(config, largest, keeping_gradients=parts > 1 or workers > 1, device=device)
     return Estimate(
         parameters=imagined.parameters,
         memory_bytes=imagined.peak_bytes + (share - largest) * _input_bytes(config),
@@ -98,6 +101,7 @@ def achieved_flops(config: RunConfig, device: torch.device) -> float:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.train.seed)
         model = _model(config).to(device)
+    model.use(levers_for(device, config.train.levers))
     optimizer = make_optimizer(model, config.optimizer.weight_decay)
     ema = make_ema(model, config.optimizer.ema_decay)
     shape = (images, config.model.image_channels, config.model.image_size, config.model.image_size)
@@ -112,7 +116,7 @@ def achieved_flops(config: RunConfig, device: torch.device) -> float:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - began)
-    imagined = _imagine(config, images, keeping_gradients=False)
+    imagined = _imagine(config, images, keeping_gradients=False, device=device)
     return (imagined.flops_of_images + imagined.flops_of_weights) / min(seconds[1:])
 
 
@@ -181,9 +185,9 @@ class _Imagined:
     """Of the spectral penalty, once per update."""
 
 
-def _imagine(config: RunConfig, images: int, keeping_gradients: bool) -> _Imagined:
+def _imagine(config: RunConfig, images: int, keeping_gradients: bool, device: torch.device) -> _Imagined:
     """One update with so many images; perhaps with gradients that are there already."""
-    return _imagine_once(_essence(config), images, keeping_gradients)
+    return _imagine_once(_essence(config), images, keeping_gradients, torch.device(device.type))
 
 
 def _essence(config: RunConfig) -> RunConfig:
@@ -201,21 +205,25 @@ def _essence(config: RunConfig) -> RunConfig:
             batch_size=1,
             precision=config.train.precision,
             activation_checkpointing=config.train.activation_checkpointing,
+            levers=config.train.levers,
         ),
         cadence=CadenceConfig(log_images=1, evaluate_images=1, checkpoint_images=1),
     )
 
 
 @lru_cache(maxsize=256)
-def _imagine_once(config: RunConfig, images: int, keeping_gradients: bool) -> _Imagined:
+def _imagine_once(config: RunConfig, images: int, keeping_gradients: bool, device: torch.device) -> _Imagined:
     shape = config.model
     ledger = AllocationLedger()
     with ledger, torch.device("meta"):
         model = _model(config)
+        model.use(levers_for(device, config.train.levers))
         optimizer = make_optimizer(model, config.optimizer.weight_decay)
         ema = make_ema(model, config.optimizer.ema_decay)
+        optimizer.zero_grad()
         for parameter in model.parameters():
-            parameter.grad = torch.empty_like(parameter)
+            if parameter.grad is None:  # Packed ones are never.
+                parameter.grad = torch.empty_like(parameter)
         optimizer.step()  # The first one makes its state.
         pictures = torch.empty(images, shape.image_channels, *[shape.image_size] * 2, dtype=torch.uint8)
         noise = torch.empty(images, shape.num_latents)

@@ -117,6 +117,10 @@ def _in_words(leaf: Mapping[str, Any]) -> str:
         return " or ".join(_in_words(choice) for choice in leaf["anyOf"])
     if "enum" in leaf:
         return f"one of {', '.join(leaf['enum'])}"
+    if "const" in leaf:
+        return str(leaf["const"])
+    if "items" in leaf:
+        return f"a list, each {_in_words(leaf['items'])}"
     noun = {
         "boolean": "true or false",
         "integer": "a whole number",

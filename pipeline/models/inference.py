@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from nvae.distributions import Noise
+from nvae.levers import levers_for
+from nvae.model import NVAE
 
 
 def latent_noise(
@@ -64,11 +66,14 @@ def inference(model: nn.Module) -> Iterator[torch.device]:
 
     Yields the model's device. Training flags are put back module by module. Neither autocast
     nor TF32 is used: a likelihood or a picture should depend on the machine no more than it
-    must.
+    must. An NVAE uses the levers of its device, whatever it is trained with.
     """
     device = next(model.parameters()).device
     training = {module: module.training for module in model.modules()}
+    levers = model.levers if isinstance(model, NVAE) else None
     model.eval()
+    if isinstance(model, NVAE):
+        model.use(levers_for(device))
     try:
         with (
             torch.no_grad(),
@@ -79,3 +84,5 @@ def inference(model: nn.Module) -> Iterator[torch.device]:
     finally:
         for module, flag in training.items():
             module.training = flag
+        if isinstance(model, NVAE) and levers is not None:
+            model.use(levers)

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from nvae.health import magnitude
+from nvae.levers import levers_for
 from nvae.model import NVAE
 from nvae.optimizer import make_ema, make_optimizer
 from pipeline import config_file
@@ -59,6 +60,7 @@ class TrainState:
         model = first_weights(config, initial)
         model.set_activation_checkpointing(config.train.activation_checkpointing)
         model.to(worker.device)
+        model.use(levers_for(worker.device, config.train.levers))
         state = cls(
             model,
             make_ema(model, config.optimizer.ema_decay),

@@ -1,143 +1,185 @@
-"""Seconds and memory of training steps, of any preset's model, on a machine that has only torch.
+"""Training steps of any preset's model, by the plain path and by each faster one, side by side.
 
-    python tests/benchmarks/step.py --preset ffhq256 --batch 1 --steps 2 --checkpointing batch_norm
+    python tests/benchmarks/step.py --preset ffhq256 --channels 12
+    python tests/benchmarks/step.py --preset celeba64 --channels 16 --batch 2 --ablation
+    python tests/benchmarks/step.py --table cpu --json steps.json      # the README's rows
+    python tests/benchmarks/step.py --table gpu --json steps.json      # likewise, on a machine with a GPU
 
-It drives `nvae.step.update` with random images, weight averaging included. The model settings
-are in presets.json beside it, since reading configs/ needs YAML; a test holds both equal. The
-first step is a row of its own: memory is touched for the first time, the spectral penalty makes
-40 power iterations instead of 4, and the first average is a copy. `cpu` is processor time of all
-threads: on a machine with other work it says more than `seconds`. What a step does besides its
-stages is computing each convolution's weight once, and copying buffers. On a GPU each stage waits
-for the device, which a real step does not.
+Needs a checkout and torch, nothing else. It drives `nvae.step.update` with random images, weight averaging
+included. Paths: `reference` is the plain model; `fast` uses what nvae/levers.py names for the device;
+`--ablation` adds one path for each lever alone, and `--path NAME=LEVER,LEVER` any other.
 
-The stages are the profiler's ranges in nvae/step.py, replaced here by a stopwatch: profiling
-the tens of thousands of operations of a step takes a GiB and most of a minute.
+Each path has processes of its own (step_process.py), one after the other and in turns, `--rounds` of them:
+so each has its own peak memory, and what else the machine does falls on all alike. A path's time is its
+shortest step of all rounds but for the first two of a process; the ratio is the reference's to it. The
+stages come from further steps, in which a GPU is waited for after each. Ceilings are measured in
+the same run: the largest rate of a product of matrices, and of a copy.
+
+FLOPs are those of convolutions and products of matrices, the backward pass twice the forward pass;
+bytes those that the reference path's operations read and write. Neither depends on the path, so that a
+path's rates say how fast it gets the reference's work done.
 """
 
 import argparse
 import json
-import resource
+import os
+import subprocess
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY))
 
-import torch  # noqa: E402
+from nvae.levers import PLAIN, Lever, levers_for  # noqa: E402
+from tests.benchmarks.step_process import PRESETS, STAGES, Case, device_of  # noqa: E402
 
-import nvae.step  # noqa: E402
-from nvae.config import NVAEConfig  # noqa: E402
-from nvae.model import NVAE  # noqa: E402
-from nvae.noise import image_noise  # noqa: E402
-from nvae.optimizer import make_ema, make_optimizer  # noqa: E402
-from nvae.step import Coefficients, StepSettings, update  # noqa: E402
+PROCESS = Path(__file__).with_name("step_process.py")
+TABLES: dict[str, list[Case]] = {
+    "cpu": [
+        Case("mnist", batch=8, threads=2),
+        Case("celeba64", channels=16, batch=2, threads=1),
+        Case("celeba64", channels=16, batch=2, threads=2),
+        Case("ffhq256", channels=12, batch=1, threads=2),
+    ],
+    "gpu": [
+        Case("celeba64", batch=16, device="cuda"),
+        Case("ffhq256", batch=2, device="cuda"),
+        Case("ffhq256", batch=8, device="cuda", precision="bf16"),
+        Case("ffhq256", batch=8, device="cuda", precision="bf16", checkpointing="cells"),
+    ],
+}
+NEEDS: dict[str, tuple[Lever, ...]] = {"depthwise": ("channels_last",)}
+"""What must be on for a lever to do anything."""
 
-PRESETS: dict[str, Any] = json.loads((Path(__file__).parent / "presets.json").read_text())
-STAGES = ("forward", "penalties", "backward", "optimizer")
-GIB = 2**30
+
+def paths_of(case: Case, ablation: bool, further: Sequence[str]) -> dict[str, Case]:
+    """The same case by each path, the reference first."""
+    levers: dict[str, tuple[str, ...]] = {"reference": PLAIN.names()}
+    if ablation:
+        for lever in get_args(Lever):
+            alone = (*NEEDS.get(lever, ()), lever)
+            levers["+".join(alone)] = alone
+    for text in further:
+        name, _, names = text.partition("=")
+        levers[name] = tuple(filter(None, names.split(",")))
+    fast = levers_for(device_of(case)).names()
+    if fast and fast not in levers.values():
+        levers["fast"] = fast
+    return {name: replace(case, levers=names) for name, names in levers.items()}
 
 
-def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+def compare(paths: dict[str, Case], rounds: int, steps: int) -> dict[str, Any]:
     """Everything that is printed, by name."""
-    device = torch.device(arguments.device)
-    torch.manual_seed(0)
-    config = NVAEConfig(**PRESETS[arguments.preset])
-    model = NVAE(config).to(device)
-    model.set_activation_checkpointing(arguments.checkpointing)
-    optimizer, ema = make_optimizer(model, weight_decay=3e-4), make_ema(model, decay=0.9995)
-    shape = (arguments.batch, config.image_channels, config.image_size, config.image_size)
-    images = torch.randint(0, 2 if config.likelihood == "bernoulli" else 256, shape, dtype=torch.uint8).to(
-        device
-    )
-    settings = StepSettings(precision=arguments.precision)
-    stopwatch: dict[str, float] = {}
-    nvae.step.record_function = lambda name: stopwatch_stage(name, device, stopwatch)  # type: ignore[assignment]
-    rows = []
-    for number in range(arguments.steps):
-        noise = image_noise(range(arguments.batch), config, device, seed=number)
-        stopwatch.clear()
-        started, cpu_started = time.perf_counter(), time.process_time()
-        result = update(
-            model, optimizer, images, Coefficients(1e-3, 0.5, 1e-2), settings, noise=noise, ema=ema
-        )
-        wait_for(device)
-        seconds = time.perf_counter() - started
-        row = {"seconds": seconds, "cpu": time.process_time() - cpu_started, "loss": result.loss.item()}
-        rows.append(row | stopwatch)
-    return {
-        "preset": arguments.preset,
-        "batch": arguments.batch,
-        "precision": arguments.precision,
-        "checkpointing": arguments.checkpointing,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "images_per_second": arguments.batch / rows[-1]["seconds"],
-        "peak_memory_gib": peak_memory(device) / GIB,
-        "steps": rows,
-    }
+    case = paths["reference"]
+    work = in_process(case, "work", steps)
+    ceilings = in_process(case, "ceilings", steps)
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in paths}
+    for number in range(rounds):
+        for name, path in paths.items():
+            print(f"{case.name}: {name}, round {number + 1} of {rounds}", file=sys.stderr, flush=True)
+            found[name].append(in_process(path, "measure", steps))
+    reference = min(min(run["seconds"]) for run in found["reference"])
+    rows = {}
+    for name, runs in found.items():
+        best = min(runs, key=lambda run: min(run["seconds"]))
+        seconds = min(best["seconds"])
+        rows[name] = {
+            "levers": paths[name].levers,
+            "seconds": seconds,
+            "all_seconds": [run["seconds"] for run in runs],
+            "ratio": reference / seconds,
+            "images_per_second": case.batch / seconds,
+            "flops_per_second": work["flops"] / seconds,
+            "bytes_per_second": work["bytes"] / seconds,
+            "peak_memory_bytes": min(run["peak_memory_bytes"] for run in runs),
+            "stages": best["stages"],
+            "first_seconds": best["first_seconds"],
+            "losses": best["losses"],
+        }
+    about = {key: runs[0][key] for key in ("device_name", "torch", "threads", "parameters")}
+    return {"case": asdict(case), "about": about, "work": work, "ceilings": ceilings, "paths": rows}
 
 
-@contextmanager
-def stopwatch_stage(name: str, device: torch.device, seconds: dict[str, float]) -> Iterator[None]:
-    """Adds the time spent in it to `seconds`, under the last part of the name."""
-    stage = name.rpartition("/")[2]
-    wait_for(device)
-    started = time.perf_counter()
-    yield
-    wait_for(device)
-    seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - started
-
-
-def wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: of the GPU's tensors, or of the whole process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+def in_process(case: Case, what: str, steps: int) -> dict[str, Any]:
+    command = [sys.executable, str(PROCESS), what, json.dumps(asdict(case)), str(steps)]
+    environment = dict(os.environ)
+    if case.threads:
+        environment["OMP_NUM_THREADS"] = str(case.threads)
+    done = subprocess.run(command, stdout=subprocess.PIPE, env=environment, check=True, text=True)
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
 
 
 def table(found: dict[str, Any]) -> str:
-    columns = ("seconds", "cpu", *STAGES)
+    about, ceilings, work = found["about"], found["ceilings"], found["work"]
+    case = Case(**found["case"])
+    stages = [stage for stage in STAGES if any(stage in row["stages"] for row in found["paths"].values())]
     lines = [
-        f"{found['preset']}: {found['parameters'] / 1e6:.2f} M parameters, batch {found['batch']}, "
-        f"{found['precision']}, checkpointing {found['checkpointing']}",
-        f"on {found['device']}, {found['threads']} threads, torch {found['torch']}",
-        "step  " + "".join(f"{column:>12}" for column in columns) + f"{'loss':>14}",
+        f"{case.name}: {about['parameters'] / 1e6:.2f} M parameters, batch {case.batch}, {case.precision}, "
+        f"checkpointing {case.checkpointing}; {about['device_name']}, {about['threads']} threads, "
+        f"torch {about['torch']}",
+        f"a step of the reference: {work['flops'] / 1e12:.3f} TFLOP, {work['bytes'] / 1e9:.1f} GB read and "
+        f"written; the machine: {ceilings['flops_per_second'] / 1e12:.3f} TFLOP/s in a product of "
+        f"matrices, {ceilings['bytes_per_second'] / 1e9:.1f} GB/s in a copy",
+        "",
+        "| path | s/step | times | images/s | TFLOP/s | of the product | GB/s | peak GiB | "
+        + " | ".join(stages)
+        + " |",
+        "|---|" + "---:|" * (7 + len(stages)),
     ]
-    for number, row in enumerate(found["steps"]):
-        cells = "".join(f"{row[column]:>12.2f}" for column in columns)
-        lines.append(f"{number:<6}{cells}{row['loss']:>14.1f}")
-    lines.append(
-        f"peak memory {found['peak_memory_gib']:.2f} GiB; last step {found['images_per_second']:.3f} images/s"
-    )
+    for name, row in found["paths"].items():
+        share = row["flops_per_second"] / ceilings["flops_per_second"]
+        cells = [
+            name,
+            f"{row['seconds']:.3f}",
+            f"{row['ratio']:.2f}",
+            f"{row['images_per_second']:.3f}",
+            f"{row['flops_per_second'] / 1e12:.3f}",
+            f"{share:.0%}",
+            f"{row['bytes_per_second'] / 1e9:.1f}",
+            f"{row['peak_memory_bytes'] / 2**30:.2f}",
+            *(f"{row['stages'].get(stage, 0.0):.3f}" for stage in stages),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def main() -> None:
+def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--table", choices=sorted(TABLES), help="the README's cases, instead of one")
     parser.add_argument("--preset", choices=sorted(PRESETS), default="ffhq256")
+    parser.add_argument("--channels", type=int, help="of the towers, instead of the preset's")
     parser.add_argument("--batch", type=int, default=1, help="images per step")
-    parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--checkpointing", choices=("none", "batch_norm", "cells"), default="batch_norm")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    arguments = parser.parse_args()
-    found = measure(arguments)
-    print(json.dumps(found, indent=2) if arguments.json else table(found))
+    parser.add_argument("--threads", type=int, help="of a CPU; torch's choice by default")
+    parser.add_argument("--ablation", action="store_true", help="each lever alone, too")
+    parser.add_argument("--path", action="append", default=[], metavar="NAME=LEVER,...", help="one more path")
+    parser.add_argument("--steps", type=int, default=3, help="timed, in each process")
+    parser.add_argument("--rounds", type=int, default=2, help="processes of each path")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured")
+    return parser.parse_args(words)
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    arguments = parse(words)
+    names = ("preset", "channels", "batch", "checkpointing", "precision", "device", "threads")
+    cases = [Case(**{name: getattr(arguments, name) for name in names})]
+    if arguments.table:
+        cases = TABLES[arguments.table]
+    found = []
+    for case in cases:
+        paths = paths_of(case, arguments.ablation, arguments.path)
+        found.append(compare(paths, arguments.rounds, arguments.steps))
+        print(table(found[-1]), end="\n\n", flush=True)
+        if arguments.json:  # After each: a machine may be taken away.
+            arguments.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

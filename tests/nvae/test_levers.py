@@ -1,12 +1,13 @@
 """Every lever against the plain path, both against the same in float64."""
 
 from dataclasses import fields, replace
+from typing import get_args
 
 import pytest
 import torch
 from torch import Tensor
 
-from nvae.levers import ON_CPU, PLAIN, Levers, levers_for
+from nvae.levers import ON_CPU, PLAIN, Lever, Levers, levers_for
 from nvae.model import NVAE
 from nvae.optimizer import make_ema, make_optimizer
 from nvae.step import Coefficients, StepSettings, update
@@ -67,7 +68,9 @@ def test_an_update_is_as_exact_as_the_plain_one(changes, levers):
 def test_levers_that_are_on_have_names():
     assert PLAIN.names() == ()
     assert Levers(depthwise=True, packed=True).names() == ("depthwise", "packed")
-    assert levers_for(torch.device("cpu")) == ON_CPU
+    assert levers_for(torch.device("cpu")) == levers_for(torch.device("cpu"), ON_CPU.names()) == ON_CPU
+    assert levers_for(torch.device("cpu"), []) == levers_for(torch.device("cuda")) == PLAIN
+    assert get_args(Lever) == tuple(EACH)
 
 
 def test_activations_keep_the_channels_side_by_side_all_the_way():

@@ -17,6 +17,7 @@ from nvae.batch_norm import BatchNorm
 from nvae.collectives import Waiting
 from nvae.health import Reading, Trouble
 from nvae.layers import DataInitializedConv2d
+from nvae.levers import ON_CPU, PLAIN, Levers
 from nvae.model import NVAE
 from nvae.objective import balance
 from nvae.optimizer import make_ema, make_optimizer
@@ -38,11 +39,14 @@ class Scenario:
     kl: float = 0.3
     poisoned_image: int | None = None
     """Its noise is nan."""
+    levers: Levers = PLAIN
+    bucket_views: bool = False
+    """Whether gradients stay where DistributedDataParallel sends them from."""
 
     def alone(self) -> "Scenario":
         """The same parts in one process."""
         parts = tuple(sum(together, ()) for together in zip(*self.shares, strict=True))
-        return replace(self, shares=(parts,))
+        return replace(self, shares=(parts,), levers=PLAIN)
 
 
 SCENARIOS = {
@@ -53,6 +57,9 @@ SCENARIOS = {
     "two parts": Scenario((((0,), (1,)), ((2, 3), (4,)))),
     "no batch norm": Scenario((((0, 1),), ((2, 3),)), {"cell_family": "res_elu"}),
     "no batch norm, unequal shares": Scenario((((0,),), ((1, 2, 3),)), {"cell_family": "res_elu"}),
+    "packed": Scenario((((0, 1),), ((2, 3),)), levers=Levers(packed=True)),
+    "packed, two parts": Scenario((((0,), (1,)), ((2, 3), (4,))), levers=ON_CPU, bucket_views=True),
+    "packed, not finite": Scenario((((0, 1),), ((2, 3),)), poisoned_image=1, levers=ON_CPU),
     "not finite on one rank": Scenario((((0, 1),), ((2, 3),)), poisoned_image=3),
 }
 
@@ -69,10 +76,13 @@ def train(scenario: Scenario, rank: int) -> dict[str, Any]:
     """The updates of one rank: results, and the state after them."""
     network = tiny_model(**scenario.model).double()
     network.set_activation_checkpointing(scenario.activation_checkpointing)
+    network.use(scenario.levers)
     model: nn.Module = network
     if dist.is_initialized():
         # Nothing is broadcast: statistics and singular vectors must come out alike by themselves.
-        model = DistributedDataParallel(network, broadcast_buffers=False)
+        model = DistributedDataParallel(
+            network, broadcast_buffers=False, gradient_as_bucket_view=scenario.bucket_views
+        )
     optimizer, ema = make_optimizer(network, 3e-4), make_ema(network, 0.9)
     parts = scenario.shares[rank]
     images = tuple(image for part in parts for image in part)

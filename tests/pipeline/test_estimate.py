@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nvae.batch_norm import ActivationCheckpointing
 from nvae.config import NVAEConfig
+from nvae.levers import levers_for
 from nvae.model import NVAE
 from nvae.noise import image_noise
 from nvae.optimizer import make_ema, make_optimizer
@@ -70,6 +71,7 @@ class Updates:
         self.config = config
         self.network = NVAE(config.model)
         self.network.set_activation_checkpointing(config.train.activation_checkpointing)
+        self.network.use(levers_for(CPU, config.train.levers))
         self.model: nn.Module = data_parallel(self.network) if exchange else self.network
         self.optimizer = make_optimizer(self.network, config.optimizer.weight_decay)
         self.ema = make_ema(self.network, config.optimizer.ema_decay)
@@ -111,6 +113,20 @@ def allocated_at_the_peak(config: RunConfig, *, exchange: bool = False) -> int:
     return peak
 
 
+CONVOLUTION_BACKWARD = torch.ops.aten.convolution_backward
+
+
+def of_gradients(gradient, x, weight, *_, out_shape):
+    """FLOPs of a convolution's gradients: each of the two takes as many as the convolution.
+
+    Torch's own formula takes a grouped convolution for a dense one.
+    """
+    _, _, height, width = gradient
+    images, (out_channels, in_channels_of_a_group, *kernel) = gradient[0], weight
+    one = 2 * images * height * width * out_channels * in_channels_of_a_group * math.prod(kernel)
+    return one * sum(shape is not None for shape in out_shape[:2])
+
+
 def every(events: list[Any]) -> Iterator[Any]:
     for event in events:
         yield event
@@ -119,20 +135,29 @@ def every(events: list[Any]) -> Iterator[Any]:
 
 @pytest.mark.parametrize(("mode", "precision"), [*((mode, "fp32") for mode in MODES), ("batch_norm", "bf16")])
 def test_the_memory_is_what_an_update_allocates_at_its_peak(mode, precision):
-    config = run_config(SMALL, activation_checkpointing=mode, precision=precision)
-    assert estimate(config).memory_bytes == pytest.approx(allocated_at_the_peak(config), rel=TOLERANCE)
+    # Torch's own gradient of depthwise convolutions, in bf16 the only one, needs much memory of its own where
+    # channels lie side by side.
+    levers = "auto" if precision == "fp32" else ()
+    config = run_config(SMALL, activation_checkpointing=mode, precision=precision, levers=levers)
+    assert estimate(config, device=CPU).memory_bytes == pytest.approx(
+        allocated_at_the_peak(config), rel=TOLERANCE
+    )
 
 
 @pytest.mark.parametrize("micro_batch_size", [3])
 def test_micro_batches_are_what_is_in_memory_at_once(micro_batch_size):
     config = run_config(SMALL, micro_batch_size=micro_batch_size)
-    assert estimate(config).memory_bytes == pytest.approx(allocated_at_the_peak(config), rel=TOLERANCE)
+    assert estimate(config, device=CPU).memory_bytes == pytest.approx(
+        allocated_at_the_peak(config), rel=TOLERANCE
+    )
 
 
 def test_a_model_that_outweighs_its_activations_peaks_where_its_gradients_are_copied():
     wide = SMALL | {"image_size": 8, "encoder_channels": 64, "decoder_channels": 64}
     config = run_config(wide, batch_size=2)
-    assert estimate(config).memory_bytes == pytest.approx(allocated_at_the_peak(config), rel=TOLERANCE)
+    assert estimate(config, device=CPU).memory_bytes == pytest.approx(
+        allocated_at_the_peak(config), rel=TOLERANCE
+    )
 
 
 @pytest.fixture
@@ -146,20 +171,21 @@ def process_group(tmp_path: Path) -> Iterator[None]:
 def test_workers_keep_room_for_the_gradients_that_they_exchange(process_group):
     allocated = allocated_at_the_peak(run_config(SMALL), exchange=True)
     both = run_config(SMALL, batch_size=16)
-    assert estimate(both, workers=2).memory_bytes == pytest.approx(allocated, rel=TOLERANCE)
+    estimated = estimate(both, workers=2, device=CPU).memory_bytes
+    assert estimated == pytest.approx(allocated, rel=TOLERANCE)
 
 
 @pytest.mark.parametrize(
     "train", [{"activation_checkpointing": mode} for mode in MODES] + [{"micro_batch_size": 3}], ids=str
 )
 def test_the_work_is_what_torch_counts_in_a_real_update(train):
-    config = run_config(TINY, **train)
+    config = run_config(TINY, levers=(), **train)  # Torch does not see what is computed in C.
     updates = Updates(config)
     updates.make()  # The first one has penalties of its own.
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping={CONVOLUTION_BACKWARD: of_gradients}) as counter:
         updates.make()
-    # A real one adds up what it reports by a product of matrices, too: 64 of 400 million.
-    assert estimate(config).flops_per_image * 8 == pytest.approx(counter.get_total_flops(), rel=1e-6)
+    # A real one adds up what it reports, of 8 images, 2 groups and 2 channels, by a product of matrices.
+    assert estimate(config).flops_per_image * 8 == counter.get_total_flops() - 2 * 8 * 2 * 2
 
 
 def test_the_parameters_are_those_of_the_model():
@@ -193,7 +219,7 @@ def test_memory_grows_with_the_micro_batch_and_with_each_group():
 
 
 def test_workers_share_the_work_and_none_needs_more_than_its_share():
-    config = run_config(TINY, batch_size=64)
+    config = run_config(TINY, batch_size=256)  # So many that the penalties do not count.
     alone, shared = estimate(config), estimate(config, workers=4)
     assert shared.memory_bytes < alone.memory_bytes
     assert training_seconds(shared, config, 1e9, workers=4) == pytest.approx(
